@@ -1,0 +1,5 @@
+"""`python -m embgemma` is the command `embgemma`."""
+
+from embgemma.cli import main
+
+main()

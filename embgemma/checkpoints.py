@@ -1,0 +1,326 @@
+"""Checkpoint directories: what a run writes and every other command reads.
+
+    MODEL_DIR/
+      embedder.json      model configuration, prompts, lengths, format version
+      tokenizer.model    the vocabulary
+      operative.gin      the configuration that wrote it, where there was one
+      checkpoints/STEP/  params, ema (if kept), training, position (Orbax)
+
+A step directory appears under its number only when all of it is written.
+"""
+
+import dataclasses
+import errno
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from embgemma.data.vocabularies import SentencePieceVocabulary
+from embgemma.errors import CheckpointError
+from embgemma.models.config import EmbedderConfig
+from embgemma.typing import PyTree
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a checkpoint directory says about its model.
+
+  Attributes:
+    config: Shapes.
+    lengths: Most tokens of query, positive and negatives in training.
+    prompts: Names of prompts to their strings.
+  """
+
+  config: EmbedderConfig
+  lengths: Mapping[str, int]
+  prompts: Mapping[str, str]
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file that is seen whole or not at all.
+
+  Raises:
+    CheckpointError: the disk is full or the directory cannot be written.
+  """
+  unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(unfinished, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(unfinished, path)
+  except OSError as error:
+    unfinished.unlink(missing_ok=True)
+    raise _write_error(path, error) from error
+
+
+def _write_error(path: os.PathLike[str] | str, error: OSError) -> CheckpointError:
+  full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+  remedy = "free space or choose another MODEL_DIR" if full else "check the directory"
+  return CheckpointError(
+    f"{path}: cannot be written: {error.strerror or error}; {remedy}. Complete "
+    "checkpoints there are untouched; the same command resumes from the last."
+  )
+
+
+def write_description(
+  model_dir: pathlib.Path,
+  description: Description,
+  vocabulary: SentencePieceVocabulary,
+  operative_gin: str,
+) -> None:
+  """Writes everything of a checkpoint directory but the weights."""
+  content = {
+    "format": CHECKPOINT_FORMAT,
+    "model": description.config.to_json(),
+    "lengths": dict(description.lengths),
+    "prompts": dict(description.prompts),
+  }
+  write_atomically(model_dir / "tokenizer.model", vocabulary.serialized)
+  if operative_gin:
+    write_atomically(model_dir / "operative.gin", operative_gin.encode())
+  write_atomically(
+    model_dir / "embedder.json", json.dumps(content, indent=1).encode() + b"\n"
+  )
+
+
+def read_description(model_dir: pathlib.Path) -> Description:
+  """The description in a checkpoint directory.
+
+  Raises:
+    CheckpointError: there is none, it is damaged, or of a newer format.
+  """
+  path = model_dir / "embedder.json"
+  try:
+    content = json.loads(path.read_text())
+    if content["format"] > CHECKPOINT_FORMAT:
+      raise CheckpointError(
+        f"{path}: format {content['format']} is newer than this embgemma reads "
+        f"({CHECKPOINT_FORMAT}); upgrade embgemma"
+      )
+    config = EmbedderConfig.from_json(content["model"])
+    return Description(config, content["lengths"], content["prompts"])
+  except FileNotFoundError as error:
+    raise CheckpointError(
+      f"{model_dir}: not a checkpoint directory (no embedder.json); give a MODEL_DIR "
+      "that embgemma wrote"
+    ) from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise CheckpointError(f"{path}: damaged: {error!r}") from error
+
+
+def read_vocabulary(model_dir: pathlib.Path) -> SentencePieceVocabulary:
+  """The vocabulary in a checkpoint directory."""
+  return SentencePieceVocabulary(model_dir / "tokenizer.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointPolicy:
+  """When checkpoints are written and which are kept.
+
+  Attributes:
+    every_steps: Steps between checkpoints.
+    keep_last: Newest to keep.
+    keep_best: Best to keep, by `best_metric`.
+    best_metric: Of the evaluations; higher is better.
+  """
+
+  every_steps: int = 1000
+  keep_last: int = 2
+  keep_best: int = 1
+  best_metric: str = "mean"
+
+
+class CheckpointStore:
+  """The step directories of a MODEL_DIR.
+
+  Args:
+    model_dir: The run's directory.
+    policy: What to keep; None opens for reading.
+  """
+
+  def __init__(self, model_dir: pathlib.Path, policy: CheckpointPolicy | None = None):
+    self._directory = model_dir / "checkpoints"
+    if policy is None and not self._directory.is_dir():
+      raise CheckpointError(f"{model_dir}: holds no checkpoints yet")
+    preservation = None
+    if policy is not None:
+      preservation = checkpoint_managers.AnyPreservationPolicy(
+        [
+          checkpoint_managers.LatestN(policy.keep_last),
+          checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[policy.best_metric],
+            n=policy.keep_best,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      )
+    self._manager = ocp.CheckpointManager(
+      self._directory.absolute(),
+      options=ocp.CheckpointManagerOptions(
+        create=policy is not None,
+        read_only=policy is None,
+        cleanup_tmp_directories=policy is not None,
+        preservation_policy=preservation,
+        enable_async_checkpointing=policy is not None,
+      ),
+    )
+
+  def steps(self) -> list[int]:
+    """Complete checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    params: PyTree,
+    ema: PyTree | None,
+    training: PyTree,
+    position: Mapping[str, Any],
+    metrics: Mapping[str, float] | None,
+  ) -> None:
+    """Starts to write a checkpoint; the state may be donated once this returns.
+
+    Args:
+      step: Steps done.
+      params: The embedder's parameters.
+      ema: Their average, or None.
+      training: Whatever else resuming needs.
+      position: Of the data, as JSON.
+      metrics: Of an evaluation at this step.
+
+    Raises:
+      CheckpointError: it, or the one before it, could not be written.
+    """
+    items = {
+      "params": ocp.args.StandardSave(params),
+      "training": ocp.args.StandardSave(training),
+      "position": ocp.args.JsonSave(dict(position)),
+    }
+    if ema is not None:
+      items["ema"] = ocp.args.StandardSave(ema)
+    try:
+      self._manager.save(
+        step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics)
+      )
+    except OSError as error:
+      raise _write_error(self._directory, error) from error
+    except ValueError as error:
+      # tensorstore reports a full disk so.
+      if "space" not in str(error).lower():
+        raise
+      raise _write_error(
+        self._directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      ) from error
+
+  def wait(self) -> None:
+    """Returns once every checkpoint is on disk."""
+    try:
+      self._manager.wait_until_finished()
+    except OSError as error:
+      raise _write_error(self._directory, error) from error
+    except ValueError as error:
+      if "space" not in str(error).lower():
+        raise
+      raise _write_error(
+        self._directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      ) from error
+
+  def close(self) -> None:
+    self.wait()
+    self._manager.close()
+
+  def resolve_step(self, step: int | None) -> int:
+    """The step itself, or the newest.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    steps = self.steps()
+    if not steps:
+      raise CheckpointError(f"{self._directory}: holds no complete checkpoint")
+    if step is None:
+      return steps[-1]
+    if step not in steps:
+      raise CheckpointError(f"{self._directory}: no step {step}; there are {steps}")
+    return step
+
+  def has_ema(self, step: int) -> bool:
+    return (self._directory / str(step) / "ema").is_dir()
+
+  def position(self, step: int) -> dict[str, Any]:
+    """The data position saved at a step."""
+    return self._restore(step, {"position": ocp.args.JsonRestore()})["position"]
+
+  def restore(self, step: int, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """Items of a step, as arrays placed like the abstract ones given.
+
+    Args:
+      step: From `resolve_step`.
+      items: Item name to a tree of ShapeDtypeStruct with shardings.
+
+    Raises:
+      CheckpointError: the checkpoint is damaged or of another architecture; the
+        message names parameters that differ.
+    """
+    for name, abstract in items.items():
+      self._check_shapes(step, name, abstract)
+    restore = {n: ocp.args.StandardRestore(tree) for n, tree in items.items()}
+    return self._restore(step, restore)
+
+  def _restore(self, step: int, items: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+      restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and tensorstore raise many types
+      raise CheckpointError(
+        f"{self._directory / str(step)}: cannot be restored: {error}; delete this step "
+        "to fall back to an older one"
+      ) from error
+    return {name: restored[name] for name in items}
+
+  def _check_shapes(self, step: int, item: str, abstract: PyTree) -> None:
+    directory = self._directory / str(step) / item
+    try:
+      with ocp.StandardCheckpointer() as reader:
+        metadata = reader.metadata(directory.absolute())
+        found = _shapes(metadata.item_metadata.tree)
+    except Exception as error:
+      raise CheckpointError(f"{directory}: damaged or missing: {error}") from error
+    expected = _shapes(abstract)
+    problems = []
+    for path in sorted(found.keys() | expected.keys()):
+      here, there = expected.get(path), found.get(path)
+      if here != there:
+        problems.append(f"{path}: checkpoint {there or '-'}, model {here or '-'}")
+    if problems:
+      shown = "\n  ".join(problems[:10])
+      more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
+      raise CheckpointError(
+        f"{directory}: another architecture than this configuration's:\n  "
+        f"{shown}{more}\nUse the model's own gin file, or another MODEL_DIR."
+      )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+    for path, leaf in leaves
+  }
+
+
+def locate(path: str | os.PathLike[str]) -> tuple[pathlib.Path, int | None]:
+  """MODEL_DIR and step of `--checkpoint`: a MODEL_DIR or MODEL_DIR/checkpoints/STEP."""
+  directory = pathlib.Path(path)
+  if directory.name.isdigit() and directory.parent.name == "checkpoints":
+    return directory.parent.parent, int(directory.name)
+  return directory, None

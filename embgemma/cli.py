@@ -1,0 +1,307 @@
+"""The command line. Heavy imports happen inside commands: `--help` is instant."""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
+
+from embgemma import __version__
+from embgemma.errors import ConfigError, DataError, EmbgemmaError
+
+
+def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("configuration (as in t5x)")
+  group.add_argument(
+    "--gin_file", action="append", default=[], help="gin file; repeatable, in order"
+  )
+  group.add_argument(
+    "--gin_search_paths",
+    default="",
+    help="directories to look in for gin files, separated by commas",
+  )
+  group.add_argument(
+    "--gin.NAME=VALUE",
+    dest="unused",
+    metavar="",
+    help="override a macro or parameter, e.g. --gin.TRAIN_STEPS=100; repeatable",
+  )
+  group.add_argument(
+    "--on_bad_record",
+    choices=("fail", "skip"),
+    help="what to do with a record that cannot be used (default: fail)",
+  )
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="embgemma", description="Train text embedding models in JAX."
+  )
+  parser.add_argument("--version", action="version", version=__version__)
+  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+  def command(name: str, help_text: str) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=help_text, description=help_text)
+
+  _add_gin_flags(
+    command("train", "train one stage; resumes if MODEL_DIR has checkpoints")
+  )
+  _add_gin_flags(command("cache", "tokenise the tasks of a stage once"))
+  _add_gin_flags(command("explain", "show the resolved run before any compute"))
+
+  embed = command("embed", "embed the lines of a text or JSONL file")
+  embed.add_argument(
+    "--checkpoint", required=True, help="MODEL_DIR or one of its steps"
+  )
+  embed.add_argument("--input", required=True, help="text or .jsonl file, plain or .gz")
+  embed.add_argument("--output", required=True, help=".npy or .parquet")
+  embed.add_argument(
+    "--prompt", default="none", help="name of a prompt, such as query or document"
+  )
+  embed.add_argument("--field", default="text", help="JSONL key that holds the text")
+  embed.add_argument("--dim", type=int, help="Matryoshka width; default is full")
+  embed.add_argument("--max_length", type=int, help="tokens a text is cut to")
+  embed.add_argument("--tokens_per_batch", type=int, default=8192)
+  embed.add_argument("--on_bad_record", choices=("fail", "skip"), default="fail")
+
+  evaluate = command("eval", "evaluate a checkpoint on retrieval and similarity sets")
+  evaluate.add_argument("--checkpoint", required=True)
+  evaluate.add_argument(
+    "--data",
+    action="append",
+    required=True,
+    metavar="NAME=PATH[:KIND]",
+    help="BEIR folder, JSONL pairs or builtin:TASK; KIND picks prompts (search, qa, "
+    "code, bitext, …) or is sts or pair_classification; repeatable",
+  )
+  evaluate.add_argument("--widths", help="Matryoshka widths, separated by commas")
+  evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
+  evaluate.add_argument("--output", help="JSON file for the results")
+  evaluate.add_argument("--max_length", type=int)
+  evaluate.add_argument("--tokens_per_batch", type=int, default=8192)
+  return parser
+
+
+def _split_gin_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Arguments without --gin.NAME=VALUE, and those as NAME=VALUE."""
+  kept, bindings = [], []
+  for argument in arguments:
+    if argument.startswith("--gin."):
+      binding = argument.removeprefix("--gin.")
+      if "=" not in binding:
+        raise ConfigError(f"{argument}: write --gin.NAME=VALUE")
+      bindings.append(binding)
+    else:
+      kept.append(argument)
+  return kept, bindings
+
+
+def _configure(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from embgemma import gin_config
+
+  if not options.gin_file:
+    raise ConfigError(
+      "no --gin_file; start from gin/stages/prefinetune.gin or gin/recipes/"
+    )
+  if options.on_bad_record:
+    bindings = [*bindings, f"ON_BAD_RECORD={options.on_bad_record}"]
+  gin_config.register()
+  gin_config.parse(
+    options.gin_file, bindings, [p for p in options.gin_search_paths.split(",") if p]
+  )
+
+
+def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from embgemma import gin_config
+  from embgemma.data import cache
+
+  _configure(options, bindings)
+  arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
+  cache.build(arguments["data"], lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
+  """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it."""
+  from embgemma.data import cache
+
+  if cache.manifest(data) is not None:
+    return
+  print("tokenising the tasks (once)", file=sys.stderr, flush=True)
+  environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  finished = subprocess.run(
+    [sys.executable, "-m", "embgemma", "cache", *command_line], env=environment
+  )
+  if finished.returncode:
+    raise SystemExit(finished.returncode)
+
+
+def _train(
+  options: argparse.Namespace, bindings: Sequence[str], command_line: Sequence[str]
+) -> None:
+  import gin
+
+  from embgemma import gin_config
+  from embgemma.training import loop
+
+  _configure(options, bindings)
+  arguments = gin_config.train_arguments()
+  _ensure_cached(arguments["data"], command_line)
+  try:
+    loop.train(**arguments, operative_gin=gin.operative_config_str())
+  except loop.Stopped as stopped:
+    print(f"embgemma: {stopped}; the same command resumes", file=sys.stderr)
+    raise SystemExit(128 + stopped.signum) from None
+
+
+def _explain(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from rich.console import Console
+
+  from embgemma import gin_config
+  from embgemma.training.explain import explain
+
+  _configure(options, bindings)
+  explain(**gin_config.train_arguments(allowed=("MODEL_DIR",)), console=Console())
+
+
+def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[str]:
+  """Texts of --input, line by line."""
+  from embgemma.data import sources
+  from embgemma.evaluation.retrieval import string_field
+
+  path = options.input
+  is_jsonl = path.removesuffix(".gz").endswith((".jsonl", ".json"))
+  for number, line in sources.read_lines(path):
+    try:
+      if is_jsonl:
+        record = sources.parse_json_line(path, number, line)
+        text = string_field(record, options.field, f"{path}:{number}")
+      else:
+        text = sources.decode_line(path, number, line)
+      if not text.strip():
+        raise DataError(f"{path}:{number}: empty text")
+    except DataError as error:
+      if options.on_bad_record == "fail":
+        raise DataError(f"{error} (--on_bad_record=skip leaves it out)") from error
+      skipped.append(str(error))
+      continue
+    yield text
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+  """A file that becomes `path` when the block ends, and vanishes if it fails."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+      with os.fdopen(handle, "wb") as file:
+        yield file
+      os.chmod(name, 0o644)
+      os.replace(name, path)
+    except BaseException:
+      pathlib.Path(name).unlink(missing_ok=True)
+      raise
+  except OSError as error:
+    raise DataError(
+      f"{path}: cannot be written: {error.strerror or error}; nothing was changed"
+    ) from error
+
+
+def _embed(options: argparse.Namespace) -> None:
+  from embgemma.data import sources
+  from embgemma.inference import vector_files
+  from embgemma.inference.embedder import CheckpointEmbedder
+
+  output = pathlib.Path(options.output)
+  vector_files.check_name(output)
+  embedder = CheckpointEmbedder(
+    options.checkpoint, options.max_length, options.tokens_per_batch
+  )
+  prompt = "" if options.prompt == "none" else embedder.prompt(options.prompt)
+  width = embedder.check_width(options.dim)
+  skipped: list[str] = []
+  texts = (prompt + text for text in _input_texts(options, skipped))
+  with _replacing(output) as file:
+    count = vector_files.write(file, output, embedder.stream(texts, width), width)
+  print(f"{count:,} vectors of width {width}: {output}", file=sys.stderr)
+  if skipped:
+    print(f"skipped {len(skipped)} records:", file=sys.stderr)
+    for line in skipped[: sources.MAX_LISTED_SKIPS]:
+      print(f"  {line}", file=sys.stderr)
+
+
+def _evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
+  """NAME=PATH[:KIND] as entries of `evaluation.suite.evaluators`."""
+  entries = {}
+  for item in data:
+    name, separator, path = item.partition("=")
+    if not separator or not name or not path:
+      raise ConfigError(f"--data={item}: write NAME=PATH or NAME=PATH:KIND")
+    head, colon, kind = path.rpartition(":")
+    if colon and head and head != "builtin" and "/" not in kind:
+      entries[name] = {"path": head, "kind": kind}
+    else:
+      entries[name] = {"path": path}
+  return entries
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+  from rich.console import Console
+
+  from embgemma.evaluation import suite
+  from embgemma.evaluation.report import results_table
+  from embgemma.inference.embedder import CheckpointEmbedder
+
+  embedder = CheckpointEmbedder(
+    options.checkpoint, options.max_length, options.tokens_per_batch
+  )
+  widths = embedder.description.config.matryoshka_widths
+  if options.widths:
+    try:
+      widths = tuple(int(width) for width in options.widths.split(","))
+    except ValueError as error:
+      raise ConfigError(f"--widths={options.widths}: write 768,128") from error
+  evaluators = suite.evaluators(_evaluation_entries(options.data), widths)
+  for evaluator in evaluators:
+    evaluator.check()
+  columns = {
+    f"step {embedder.step}": {e.name: e.evaluate(embedder.encode) for e in evaluators}
+  }
+  if options.bm25:
+    columns["BM25"] = suite.bm25_results(evaluators)
+  if options.output:
+    with _replacing(pathlib.Path(options.output)) as file:
+      file.write(json.dumps(columns, indent=1).encode() + b"\n")
+  Console().print(results_table(columns))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs one command; exits with 1 and one message on bad input."""
+  command_line = list(sys.argv[1:] if arguments is None else arguments)
+  # Heard before the libraries say it on their own, several lines each.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+  try:
+    kept, bindings = _split_gin_overrides(command_line)
+    options = _parser().parse_args(kept)
+    if bindings and not hasattr(options, "gin_file"):
+      raise ConfigError(f"`embgemma {options.command}` takes no --gin flags")
+    if options.command == "train":
+      _train(options, bindings, command_line[1:])
+    elif options.command == "cache":
+      _cache(options, bindings)
+    elif options.command == "explain":
+      _explain(options, bindings)
+    elif options.command == "embed":
+      _embed(options)
+    else:
+      _evaluate(options)
+  except EmbgemmaError as error:
+    print(f"embgemma: error: {error}", file=sys.stderr)
+    raise SystemExit(1) from None

@@ -1,0 +1,365 @@
+"""The cache: each task tokenised once into ArrayRecord.
+
+A task's directory holds `examples-SSSSS-of-NNNNN.array_record` and `index.json`,
+and appears under its name only when complete. A record holds one example:
+
+    uint32 number of texts T (query, positive, negatives)
+    uint64[T] content hashes    uint32[T] lengths    int32[...] token ids, in order
+
+all little-endian. `manifest` and reading need no TensorFlow; `build` does.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from embgemma.data import prompts
+from embgemma.data.tasks import CACHE_FORMAT, DataConfig, digest
+from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
+from embgemma.errors import DataError
+
+_SHARD_EXAMPLES = 1 << 18
+_TOKENIZE_BATCH = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """Tokenised texts of one example: query, positive, then negatives.
+
+  Attributes:
+    tokens: int32 token ids of each text.
+    hashes: uint64 [T], content hashes of the texts without prompts.
+  """
+
+  tokens: tuple[np.ndarray, ...]
+  hashes: np.ndarray
+
+
+def content_hash(text: str) -> int:
+  """64-bit content hash of a text."""
+  return int.from_bytes(
+    hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little"
+  )
+
+
+def encode_example(example: Example) -> bytes:
+  """The bytes of one record."""
+  lengths = np.array([len(t) for t in example.tokens], "<u4")
+  return b"".join(
+    [
+      np.uint32(len(lengths)).astype("<u4").tobytes(),
+      example.hashes.astype("<u8").tobytes(),
+      lengths.tobytes(),
+      *(t.astype("<i4").tobytes() for t in example.tokens),
+    ]
+  )
+
+
+def decode_example(record: bytes) -> Example:
+  """The example of one record.
+
+  Raises:
+    DataError: the record's size does not fit its header.
+  """
+  count = int.from_bytes(record[:4], "little")
+  start = 4 + 12 * count
+  if count < 2 or len(record) < start:
+    raise DataError(f"cache record of {len(record)} bytes is damaged")
+  hashes = np.frombuffer(record, "<u8", count, 4)
+  lengths = np.frombuffer(record, "<u4", count, 4 + 8 * count)
+  if len(record) != start + 4 * int(lengths.sum()):
+    raise DataError(f"cache record of {len(record)} bytes is damaged")
+  tokens = np.frombuffer(record, "<i4", offset=start)
+  return Example(tuple(np.split(tokens, np.cumsum(lengths)[:-1])), hashes)
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTask:
+  """A complete cache of one task.
+
+  Attributes:
+    name: The task's.
+    rate: Its weight in the mixture.
+    directory: Where its shards lie.
+    statistics: What `index.json` says: examples, tokens, max_token_id,
+      max_text_tokens, max_negatives, truncated, skipped.
+  """
+
+  name: str
+  rate: float
+  directory: pathlib.Path
+  statistics: dict[str, Any]
+
+  @property
+  def paths(self) -> list[str]:
+    return sorted(str(p) for p in self.directory.glob("*.array_record"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """Complete caches of a mixture, and its vocabulary's file."""
+
+  tasks: tuple[CachedTask, ...]
+  vocabulary: pathlib.Path
+
+
+def _read_index(directory: pathlib.Path) -> dict[str, Any] | None:
+  """The index of a complete task cache; None if there is none.
+
+  Raises:
+    DataError: the cache is there but damaged.
+  """
+  path = directory / "index.json"
+  if not path.is_file():
+    return None
+  try:
+    index = json.loads(path.read_text())
+    sizes = {name: (directory / name).stat().st_size for name in index["shards"]}
+  except (json.JSONDecodeError, KeyError, OSError) as error:
+    raise DataError(
+      f"{directory}: damaged cache ({error}); delete the directory to rebuild it"
+    ) from error
+  for name, size in index["shards"].items():
+    if sizes[name] != size:
+      raise DataError(
+        f"{directory / name}: {sizes[name]} bytes where the index says {size}; "
+        "delete the directory to rebuild it"
+      )
+  return index
+
+
+def manifest(config: DataConfig) -> Manifest | None:
+  """The complete caches of a configuration; None if `build` must run first.
+
+  Raises:
+    DataError: a cache is damaged.
+  """
+  path = config.manifest_path()
+  if not path.is_file():
+    return None
+  entry = json.loads(path.read_text())
+  tasks = []
+  for task in entry["tasks"]:
+    directory = pathlib.Path(config.cache_dir, task["directory"])
+    index = _read_index(directory)
+    if index is None:
+      return None
+    tasks.append(CachedTask(task["name"], task["rate"], directory, index["statistics"]))
+  return Manifest(tuple(tasks), config.vocabulary_path())
+
+
+@contextlib.contextmanager
+def _finished_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A directory that becomes `target` when the block ends, and vanishes if it fails."""
+  target.parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
+  try:
+    yield work
+    try:
+      os.rename(work, target)
+    except OSError:
+      # Another process finished the same content first: its result serves.
+      if not target.is_dir():
+        raise
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _formatted(
+  example: dict[str, Any], kind: str | None
+) -> tuple[list[str], list[str]]:
+  """Texts with prompts, and what identifies each for duplicate detection."""
+  name = kind or example.get("task") or "search"
+  if name not in prompts.TASK_PROMPTS:
+    raise DataError(
+      f"unknown task kind {name!r} in a record; there are "
+      f"{sorted(prompts.TASK_PROMPTS)}, or set the task's kind in gin"
+    )
+  templates = prompts.TASK_PROMPTS[name]
+  title = example.get("title") or None
+  negatives = list(example.get("negatives", ()))
+  texts = [
+    templates.format_query(example["query"]),
+    templates.format_document(example["positive"], title),
+    *(templates.format_document(text) for text in negatives),
+  ]
+  label = example.get("label")
+  # Examples that share a label are positives of each other: one identity.
+  positive = (
+    f"label:{label}" if label else "\n".join(filter(None, (title, example["positive"])))
+  )
+  return texts, [example["query"], positive, *negatives]
+
+
+def _tokenized(
+  examples: Iterable[dict[str, Any]],
+  kind: str | None,
+  vocabulary: SentencePieceVocabulary,
+  config: DataConfig,
+) -> Iterator[Example]:
+  """Examples in order, tokenised in batches; negatives beyond max_negatives dropped."""
+  limits = config.lengths
+  examples = iter(examples)
+  while batch := list(itertools.islice(examples, _TOKENIZE_BATCH)):
+    formatted = [_formatted(example, kind) for example in batch]
+    queries = vocabulary.encode_batch([t[0] for t, _ in formatted], limits["query"])
+    positives = vocabulary.encode_batch(
+      [t[1] for t, _ in formatted], limits["positive"]
+    )
+    kept = [texts[2 : 2 + config.max_negatives] for texts, _ in formatted]
+    flat = iter(
+      vocabulary.encode_batch([t for texts in kept for t in texts], limits["negatives"])
+    )
+    for i, (_, identities) in enumerate(formatted):
+      negatives = [next(flat) for _ in kept[i]]
+      hashes = [content_hash(text) for text in identities[: 2 + len(negatives)]]
+      yield Example((queries[i], positives[i], *negatives), np.array(hashes, np.uint64))
+
+
+def _write_task(
+  directory: pathlib.Path, examples: Iterable[Example], config: DataConfig
+) -> dict[str, Any]:
+  """Writes shards; returns the statistics."""
+  limits = [config.lengths[f] for f in ("query", "positive", "negatives")]
+  statistics = dict.fromkeys(
+    (
+      "examples",
+      "tokens",
+      "max_text_tokens",
+      "max_token_id",
+      "max_negatives",
+      "truncated",
+    ),
+    0,
+  )
+  writer = None
+  try:
+    for example in examples:
+      if statistics["examples"] % _SHARD_EXAMPLES == 0:
+        if writer is not None:
+          writer.close()
+        shard = statistics["examples"] // _SHARD_EXAMPLES
+        # group_size 1: every example can be read alone.
+        writer = array_record_module.ArrayRecordWriter(
+          str(directory / f"examples-{shard:05d}.array_record"), "group_size:1"
+        )
+      writer.write(encode_example(example))
+      lengths = [len(t) for t in example.tokens]
+      statistics["examples"] += 1
+      statistics["tokens"] += sum(lengths)
+      statistics["max_text_tokens"] = max(statistics["max_text_tokens"], *lengths)
+      statistics["max_negatives"] = max(statistics["max_negatives"], len(lengths) - 2)
+      statistics["max_token_id"] = max(
+        statistics["max_token_id"], *(int(t.max()) for t in example.tokens)
+      )
+      statistics["truncated"] += sum(
+        length == limits[min(role, 2)] for role, length in enumerate(lengths)
+      )
+  finally:
+    if writer is not None:
+      writer.close()
+  return statistics
+
+
+def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
+  """Builds what is missing of the configuration's caches.
+
+  Args:
+    config: The mixture.
+    log: Takes lines of progress.
+
+  Raises:
+    DataError: a bad record, an empty task or an unreadable source. Caches of
+      finished tasks stay; nothing unfinished is left.
+    ConfigError: a mixture, module or prompt that does not exist.
+  """
+  # Tens of seconds and a gigabyte: paid here, in the process that caches.
+  from embgemma.data import seqio_registry
+
+  rated = seqio_registry.register(config)
+  kinds = {task.name: task.kind for task in config.tasks}
+  _ensure_vocabulary(config, rated, kinds, log)
+  vocabulary = SentencePieceVocabulary(config.vocabulary_path())
+  fingerprints = {task.name: task.fingerprint() for task in config.tasks}
+  entries = []
+  for task, rate in rated:
+    key = digest(
+      [
+        CACHE_FORMAT,
+        fingerprints.get(task.name, [task.name, config.corpus_fingerprint()]),
+        sorted(config.lengths.items()),
+        config.max_negatives,
+        config.on_bad_record,
+        vocabulary.fingerprint,
+      ]
+    )
+    relative = pathlib.Path("tasks", f"{task.name}-{key}")
+    directory = pathlib.Path(config.cache_dir, relative)
+    if _read_index(directory) is None:
+      with _finished_directory(directory) as work:
+        examples = seqio_registry.examples(task, "train")
+        tokenized = _tokenized(examples, kinds.get(task.name), vocabulary, config)
+        statistics = _write_task(work, tokenized, config)
+        if not statistics["examples"]:
+          raise DataError(f"task {task.name!r} has no examples")
+        skips = seqio_registry.skipped(task)
+        statistics["skipped"] = skips.count
+        shards = {p.name: p.stat().st_size for p in work.glob("*.array_record")}
+        index = {
+          "format": CACHE_FORMAT,
+          "task": task.name,
+          "shards": shards,
+          "statistics": statistics,
+          "skipped": skips.listed,
+        }
+        (work / "index.json").write_text(json.dumps(index, indent=1))
+      log(
+        f"cached {task.name}: {statistics['examples']:,} examples, "
+        f"{statistics['tokens']:,} tokens"
+      )
+      if skips.count:
+        log(f"skipped {skips.count} bad records of {task.name}:")
+        for line in skips.listed:
+          log(f"  {line}")
+    entries.append({"name": task.name, "rate": rate, "directory": str(relative)})
+  path = config.manifest_path()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+  unfinished.write_text(json.dumps({"tasks": entries}, indent=1))
+  os.replace(unfinished, path)
+  built = manifest(config)
+  assert built is not None
+  return built
+
+
+def _ensure_vocabulary(
+  config: DataConfig,
+  rated: list[tuple[Any, float]],
+  kinds: dict[str, str | None],
+  log: Callable[[str], None],
+) -> None:
+  """Trains the mixture's own vocabulary unless it has one."""
+  path = config.vocabulary_path()
+  if path.is_file():
+    return
+  from embgemma.data import seqio_registry
+
+  def texts() -> Iterator[str]:
+    for task, _ in rated:
+      for example in seqio_registry.examples(task, "train"):
+        yield from _formatted(example, kinds.get(task.name))[0]
+
+  log(f"training a vocabulary of {config.vocabulary_size:,} pieces")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  train_vocabulary(texts(), config.vocabulary_size, path)

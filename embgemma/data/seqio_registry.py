@@ -1,0 +1,203 @@
+"""Tasks and mixtures in seqio. Imports TensorFlow: only cache building comes here.
+
+A task, ours or a user's, yields these features, all tf.string and without prompts:
+`query` and `positive` (rank 0), and, where it has them, `negatives` (rank 1),
+`title`, `task` (the kind that picks the prompts) and `label` (rank 0; examples of
+one label are no negatives of each other). Register one in a module named in MODULES:
+
+    seqio.TaskRegistry.add(
+      "faq", source=seqio.TfdsDataSource(...), preprocessors=[...],
+      output_features=embgemma.data.seqio_registry.OUTPUT_FEATURES)
+"""
+
+import functools
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from embgemma.data import sources
+from embgemma.data.tasks import DataConfig, Task
+from embgemma.errors import ConfigError, DataError
+
+# Prompts and tokenisation come after seqio, in Python (`cache`): SentencePiece
+# with Gemma's rules is not expressible as a TF op.
+_TEXT = seqio.PassThroughVocabulary(size=0)
+OUTPUT_FEATURES = {
+  name: seqio.Feature(
+    _TEXT, add_eos=False, required=required, dtype=tf.string, rank=rank
+  )
+  for name, required, rank in (
+    ("query", True, 0),
+    ("positive", True, 0),
+    ("negatives", False, 1),
+    ("title", False, 0),
+    ("task", False, 0),
+    ("label", False, 0),
+  )
+}
+
+
+class PairDataSource(seqio.DataSource):
+  """A seqio source over one of our pure-Python sources."""
+
+  def __init__(self, source: sources.JsonlSource | sources.BuiltinSource, policy: str):
+    self._source = source
+    self._policy = policy
+    self.skipped = sources.SkipLog()
+    self.error: DataError | None = None
+    super().__init__(splits=source.splits)
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return False
+
+  def list_shards(self, split: str) -> list[str]:
+    return [split]
+
+  def _examples(self, split: str) -> Iterator[dict[str, Any]]:
+    try:
+      yield from self._source.examples(split, self._policy, self.skipped)
+    except DataError as error:
+      # tf.data buries an exception in a stack of its own: keep the message.
+      self.error = error
+      raise
+
+  def get_dataset(
+    self,
+    split: str = "train",
+    shuffle: bool = False,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused: Any,
+  ) -> tf.data.Dataset:
+    """Examples in the source's order; `shuffle` is left to the cache's reader."""
+    del shuffle, seed, unused
+    if shard_info is not None and shard_info.num_shards > 1:
+      raise ConfigError(f"{self._source} cannot be split into shards")
+    text = tf.TensorSpec([], tf.string)
+    return tf.data.Dataset.from_generator(
+      functools.partial(self._examples, split),
+      output_signature={
+        "query": text,
+        "positive": text,
+        "negatives": tf.TensorSpec([None], tf.string),
+        "title": text,
+        "task": text,
+        "label": text,
+      },
+    )
+
+
+def _rename(dataset: tf.data.Dataset, fields: Mapping[str, str]) -> tf.data.Dataset:
+  def select(example):
+    return {ours: example[theirs] for ours, theirs in fields.items()}
+
+  return dataset.map(select, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _data_source(task: Task, policy: str) -> seqio.DataSource:
+  source = task.source
+  if isinstance(source, sources.TfdsSource):
+    return seqio.TfdsDataSource(
+      tfds_name=source.name,
+      tfds_data_dir=source.data_dir,
+      splits={"train": source.split},
+    )
+  if isinstance(source, sources.TfrecordSource):
+    features = {
+      theirs: tf.io.VarLenFeature(tf.string)
+      if ours == "negatives"
+      else tf.io.FixedLenFeature([], tf.string)
+      for ours, theirs in source.fields.items()
+    }
+    return seqio.TFExampleDataSource(
+      split_to_filepattern={"train": source.pattern}, feature_description=features
+    )
+  return PairDataSource(source, policy)
+
+
+def _densify(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  def dense(example):
+    return {
+      key: tf.sparse.to_dense(value) if isinstance(value, tf.SparseTensor) else value
+      for key, value in example.items()
+    }
+
+  return dataset.map(dense, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def register(config: DataConfig) -> list[tuple[seqio.Task, float]]:
+  """Registers what the configuration declares; the run's tasks with their rates.
+
+  Raises:
+    ConfigError: the mixture or task is not known to seqio, or a task of it does not
+      have the features `query` and `positive`.
+  """
+  for module in config.modules:
+    importlib.import_module(module)
+  for task in config.tasks:
+    preprocessors = []
+    if isinstance(task.source, sources.TfdsSource | sources.TfrecordSource):
+      preprocessors = [functools.partial(_rename, fields=task.source.fields), _densify]
+    seqio.TaskRegistry.remove(task.name)
+    seqio.TaskRegistry.add(
+      task.name,
+      source=_data_source(task, config.on_bad_record),
+      preprocessors=preprocessors,
+      output_features=OUTPUT_FEATURES,
+    )
+  name = config.mixture_or_task_name
+  known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
+  if name not in known:
+    if not config.tasks:
+      raise ConfigError(
+        f"MIXTURE_OR_TASK_NAME {name!r} is not registered by {config.modules}; "
+        f"seqio knows {sorted(known)}"
+      )
+    seqio.MixtureRegistry.add(name, [(task.name, task.rate) for task in config.tasks])
+  chosen = seqio.get_mixture_or_task(name)
+  if isinstance(chosen, seqio.Task):
+    rated = [(chosen, 1.0)]
+  else:
+    rated = [(task, float(chosen.get_rate(task))) for task in chosen.tasks]
+  for task, _ in rated:
+    missing = {"query", "positive"} - set(task.output_features)
+    if missing:
+      raise ConfigError(
+        f"seqio task {task.name!r} has no feature {sorted(missing)}; see "
+        "embgemma.data.seqio_registry.OUTPUT_FEATURES"
+      )
+  return rated
+
+
+def examples(task: seqio.Task, split: str) -> Iterator[dict[str, Any]]:
+  """Examples of a seqio task as Python strings, in source order.
+
+  Raises:
+    DataError: the source found a bad record, or TensorFlow could not read it.
+  """
+  dataset = task.get_dataset(
+    sequence_length=None, split=split, shuffle=False, num_epochs=1
+  )
+  try:
+    for example in dataset.as_numpy_iterator():
+      yield {
+        key: [text.decode("utf-8") for text in value]
+        if key == "negatives"
+        else value.decode("utf-8")
+        for key, value in example.items()
+        if key in OUTPUT_FEATURES
+      }
+  except (tf.errors.OpError, UnicodeDecodeError) as error:
+    kept = getattr(task.source, "error", None)
+    if kept is not None:
+      raise kept from None
+    raise DataError(f"task {task.name!r}, split {split!r}: {error}") from error
+
+
+def skipped(task: seqio.Task) -> sources.SkipLog:
+  """What the task's source left out so far."""
+  return getattr(task.source, "skipped", sources.SkipLog())

@@ -1,0 +1,21 @@
+"""Errors that a user can mend. The command line prints them as one message."""
+
+
+class EmbgemmaError(Exception):
+  """What is wrong, where (file and line, record, parameter path) and the remedy."""
+
+
+class ConfigError(EmbgemmaError):
+  """A gin binding, a flag or a combination of settings that cannot work."""
+
+
+class DataError(EmbgemmaError):
+  """A record, file or cache that cannot be read as what it should be."""
+
+
+class CheckpointError(EmbgemmaError):
+  """A checkpoint that is missing, damaged or of another architecture."""
+
+
+class TrainingError(EmbgemmaError):
+  """A run that cannot go on, such as a loss that is not finite."""

@@ -1,0 +1,116 @@
+"""Results of several runs side by side: a rich table, or markdown for files."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+Results = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Column (run) to task to metric key, such as "ndcg@10/768" or "ndcg@10", to value."""
+
+MISSING = "–"
+_LABELS = ("task", "metric", "width")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+  task: str
+  metric: str
+  width: str
+  values: tuple[float | None, ...]
+
+
+def _value(metrics: Mapping[str, float], metric: str, width: str) -> float | None:
+  # BM25 has no width: its value stands beside every width.
+  return metrics.get(f"{metric}/{width}", metrics.get(metric))
+
+
+def _task_rows(results: Results, task: str, only: Sequence[str] | None) -> list[_Row]:
+  columns = [column.get(task, {}) for column in results.values()]
+  widths: dict[str, list[str]] = {}
+  for key in (key for column in columns for key in column):
+    metric, _, width = key.partition("/")
+    if (only is None or metric in only) and width not in widths.setdefault(metric, []):
+      widths[metric].append(width)
+  return [
+    _Row(task, metric, width, tuple(_value(c, metric, width) for c in columns))
+    for metric, found in widths.items()
+    for width in [width for width in found if width] or [""]
+  ]
+
+
+def _mean_rows(rows: Sequence[_Row]) -> list[_Row]:
+  groups: dict[tuple[str, str], list[_Row]] = {}
+  for row in rows:
+    groups.setdefault((row.metric, row.width), []).append(row)
+  means = []
+  for (metric, width), group in groups.items():
+    if len(group) > 1:
+      columns = zip(*(row.values for row in group), strict=True)
+      # As MTEB: without one of the tasks a mean would compare unlike things.
+      values = tuple(None if None in c else float(np.mean(c)) for c in columns)
+      means.append(_Row("mean", metric, width, values))
+  return means
+
+
+def _sections(results: Results, only: Sequence[str] | None) -> list[list[_Row]]:
+  tasks = dict.fromkeys(task for column in results.values() for task in column)
+  by_task = [_task_rows(results, task, only) for task in tasks]
+  means = _mean_rows([row for rows in by_task for row in rows])
+  return [rows for rows in [*by_task, means] if rows]
+
+
+def _cells(row: _Row, scale: float, digits: int) -> list[str]:
+  values = (MISSING if v is None else f"{v * scale:.{digits}f}" for v in row.values)
+  return [row.task, row.metric, row.width, *values]
+
+
+def results_table(
+  results: Results,
+  title: str | None = None,
+  metrics: Sequence[str] | None = None,
+  scale: float = 100.0,
+  digits: int = 2,
+) -> Table:
+  """Returns a table of one row per task, metric and width, one column per run.
+
+  Values are multiplied by `scale`. Means over tasks follow, for each metric and
+  width that several tasks have; a run without one of those tasks has no mean.
+
+  Args:
+    results: Run name to task name to metric key to value; what is missing shows
+      as "–", and a key without a width counts for every width.
+    title: Above the table.
+    metrics: Only these, such as ("ndcg@10", "spearman"); None is all.
+    scale: 100 for metrics in 0..1.
+    digits: After the point.
+  """
+  table = Table(title=None if title is None else Text(title))
+  for label in _LABELS:
+    table.add_column(label, justify="right" if label == "width" else "left")
+  for name in results:
+    table.add_column(Text(name), justify="right")
+  for rows in _sections(results, metrics):
+    for row in rows:
+      table.add_row(*map(Text, _cells(row, scale, digits)))
+    table.add_section()
+  return table
+
+
+def results_markdown(
+  results: Results,
+  metrics: Sequence[str] | None = None,
+  scale: float = 100.0,
+  digits: int = 2,
+) -> str:
+  """Returns the rows of `results_table` as a markdown table, ending in a newline."""
+  rows = [row for section in _sections(results, metrics) for row in section]
+  lines = [
+    [*_LABELS, *results],
+    ["---", "---", "---:", *("---:" for _ in results)],
+    *(_cells(row, scale, digits) for row in rows),
+  ]
+  escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+  return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)

@@ -1,0 +1,508 @@
+"""Retrieval: reading judged collections, exact search, and the evaluator."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from embgemma.data.prompts import TaskPrompts
+from embgemma.data.sources import read_jsonl, read_lines
+from embgemma.errors import ConfigError, DataError, TrainingError
+from embgemma.evaluation import metrics
+
+EncodeFn = Callable[[Sequence[str]], np.ndarray]
+"""Prompted texts to float32 [N, E] vectors of unit norm, at full width."""
+
+MATRYOSHKA_WIDTHS = (768, 512, 256, 128)
+"""EmbeddingGemma's widths (Vera et al. 2025, section 2.2)."""
+
+Rankings = Mapping[str, Sequence[str]]
+
+
+@dataclasses.dataclass
+class RetrievalData:
+  """A judged collection.
+
+  Attributes:
+    ids: Document ids, one per document.
+    texts: Document texts.
+    titles: Document titles, "" where there is none.
+    queries: Query id to text; only the queries that have a relevant document.
+    qrels: Query id to document id to grade.
+    languages: Query id to language, for the queries whose language is known.
+  """
+
+  ids: list[str]
+  texts: list[str]
+  titles: list[str]
+  queries: dict[str, str]
+  qrels: dict[str, dict[str, int]]
+  languages: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def from_pairs(cls, pairs: Iterable[tuple[str, str, str, str]]) -> "RetrievalData":
+    """Pairs as a collection: every query must find its own positive.
+
+    The corpus is the distinct (title, positive); equal queries are one query with
+    several relevant documents. Ids are "d0"… and "q0"… in order of appearance.
+
+    Args:
+      pairs: (query, title, positive, language); the last two may be "".
+    """
+    documents: dict[tuple[str, str], str] = {}
+    queries: dict[str, str] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    languages: dict[str, str] = {}
+    for query, title, positive, language in pairs:
+      document_id = documents.setdefault((title, positive), f"d{len(documents)}")
+      query_id = queries.setdefault(query, f"q{len(queries)}")
+      qrels.setdefault(query_id, {})[document_id] = 1
+      if language:
+        languages.setdefault(query_id, language)
+    return cls(
+      ids=list(documents.values()),
+      texts=[text for _, text in documents],
+      titles=[title for title, _ in documents],
+      queries={identifier: text for text, identifier in queries.items()},
+      qrels=qrels,
+      languages=languages,
+    )
+
+
+def string_field(
+  record: Mapping[str, Any], key: str, where: str, default: str | None = None
+) -> str:
+  """The string under a key; the default where it is absent or null.
+
+  Raises:
+    DataError: no such key and no default, not a string, or a lone surrogate,
+      which no tokenizer can encode.
+  """
+  value = record.get(key)
+  value = default if value is None else value
+  if value is None:
+    raise DataError(f'{where}: no "{key}"; the record has {sorted(record)}')
+  if not isinstance(value, str):
+    raise DataError(f'{where}: "{key}" must be a string, got {type(value).__name__}')
+  try:
+    value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise DataError(
+      f'{where}: "{key}" holds a lone surrogate at character {error.start}; '
+      "write the text as valid UTF-8"
+    ) from error
+  return value
+
+
+def _plain_or_gz(folder: pathlib.Path, name: str) -> pathlib.Path:
+  for path in (folder / name, folder / f"{name}.gz"):
+    if path.is_file():
+      return path
+  raise DataError(
+    f"{folder}: no {name} or {name}.gz; a BEIR folder holds corpus.jsonl, "
+    "queries.jsonl and qrels/SPLIT.tsv or qrels.tsv"
+  )
+
+
+def _qrels_file(folder: pathlib.Path, split: str | None) -> pathlib.Path:
+  single, splits = folder / "qrels.tsv", sorted((folder / "qrels").glob("*.tsv"))
+  if split is not None:
+    splits = [path for path in splits if path.stem == split]
+  elif single.is_file():
+    splits = [single]
+  if len(splits) == 1:
+    return splits[0]
+  if splits:
+    names = ", ".join(path.stem for path in splits)
+    raise DataError(f"{folder / 'qrels'}: several splits ({names}); name one as split")
+  wanted = f"qrels/{split}.tsv" if split else "qrels.tsv and no qrels/*.tsv"
+  raise DataError(f"{folder}: no {wanted}; the judgements are needed to score")
+
+
+def _qrels_rows(path: pathlib.Path) -> Iterator[tuple[str, str, str, int]]:
+  layout = "query-id, corpus-id and an integer score, separated by tabs"
+  for number, line in read_lines(path):
+    where = f"{path}:{number}"
+    try:
+      columns = line.decode("utf-8").split("\t")
+    except UnicodeDecodeError as error:
+      raise DataError(
+        f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8"
+      ) from error
+    if len(columns) != 3:
+      raise DataError(f"{where}: {len(columns)} columns; a row is {layout}")
+    try:
+      grade = int(columns[2])
+    except ValueError:
+      if number == 1:
+        continue
+      raise DataError(f"{where}: score {columns[2]!r}; a row is {layout}") from None
+    if number == 1:
+      # BEIR's loader skips the first line whatever it says, and loses a judgement.
+      raise DataError(f"{where}: no header; add one: query-id<TAB>corpus-id<TAB>score")
+    yield where, columns[0], columns[1], grade
+
+
+def _read_qrels(
+  path: pathlib.Path, queries: Mapping[str, str], documents: set[str]
+) -> dict[str, dict[str, int]]:
+  qrels: dict[str, dict[str, int]] = {}
+  for where, query, document, grade in _qrels_rows(path):
+    if query not in queries:
+      raise DataError(f"{where}: query {query!r} is not in the queries file; add it")
+    if document not in documents:
+      raise DataError(
+        f"{where}: document {document!r} is not in the corpus; add it or drop the row"
+      )
+    if qrels.setdefault(query, {}).setdefault(document, grade) != grade:
+      raise DataError(
+        f"{where}: query {query!r}, document {document!r} has two scores; keep one"
+      )
+  judged = {q: grades for q, grades in qrels.items() if max(grades.values()) > 0}
+  if not judged:
+    raise DataError(f"{path}: no query has a relevant document (score above 0)")
+  return judged
+
+
+def _records_by_id(path: pathlib.Path) -> Iterator[tuple[str, str, dict]]:
+  seen: dict[str, int] = {}
+  for number, record in read_jsonl(path):
+    where = f"{path}:{number}"
+    identifier = string_field(record, "_id", where)
+    if identifier in seen:
+      raise DataError(
+        f"{where}: _id {identifier!r} is already on line {seen[identifier]}; "
+        "ids must be unique"
+      )
+    seen[identifier] = number
+    yield where, identifier, record
+
+
+def read_beir(folder: str | pathlib.Path, split: str | None = None) -> RetrievalData:
+  """Returns a collection in the layout of BEIR (Thakur et al. 2021).
+
+  Queries without a relevant document are left out: their metrics are undefined.
+  (BEIR's own loader keeps those with zero grades only and counts them as 0.)
+
+  Args:
+    folder: Holds `corpus.jsonl` {"_id", "text", "title"?} and `queries.jsonl`
+      {"_id", "text", "language"?}, plain or .gz, and `qrels.tsv` or
+      `qrels/SPLIT.tsv` with a header line.
+    split: The file under `qrels/`; None takes `qrels.tsv` or the only split.
+
+  Raises:
+    DataError: a missing or malformed file, several splits and none named, ids that
+      repeat or that the judgements name in vain, no documents, nothing judged.
+  """
+  folder = pathlib.Path(folder)
+  if not folder.is_dir():
+    raise DataError(f"{folder}: no such folder; give a folder in the BEIR layout")
+  corpus_file = _plain_or_gz(folder, "corpus.jsonl")
+  query_file = _plain_or_gz(folder, "queries.jsonl")
+  qrels_file = _qrels_file(folder, split)
+  ids, texts, titles = [], [], []
+  for where, identifier, record in _records_by_id(corpus_file):
+    ids.append(identifier)
+    texts.append(string_field(record, "text", where))
+    titles.append(string_field(record, "title", where, default=""))
+  if not ids:
+    raise DataError(f"{corpus_file}: the corpus is empty; add documents")
+  queries, languages = {}, {}
+  for where, identifier, record in _records_by_id(query_file):
+    queries[identifier] = string_field(record, "text", where)
+    languages[identifier] = string_field(record, "language", where, default="")
+  qrels = _read_qrels(qrels_file, queries, set(ids))
+  return RetrievalData(
+    ids,
+    texts,
+    titles,
+    queries={q: text for q, text in queries.items() if q in qrels},
+    qrels=qrels,
+    languages={q: name for q, name in languages.items() if name and q in qrels},
+  )
+
+
+def _pairs(path: str | pathlib.Path) -> Iterator[tuple[str, str, str, str]]:
+  for number, record in read_jsonl(path):
+    where = f"{path}:{number}"
+    bitext = "sentence1" in record and "query" not in record
+    query_key, key = ("sentence1", "sentence2") if bitext else ("query", "positive")
+    yield (
+      string_field(record, query_key, where),
+      string_field(record, "title", where, default=""),
+      string_field(record, key, where),
+      string_field(record, "language", where, default=""),
+    )
+
+
+def read_pairs(path: str | pathlib.Path) -> RetrievalData:
+  """Returns a file of pairs as a collection; see `RetrievalData.from_pairs`.
+
+  Args:
+    path: JSONL, plain or .gz: {"query", "positive", "title"?, "language"?}, or
+      bitext, {"sentence1", "sentence2", "language"?}; other keys are ignored.
+
+  Raises:
+    DataError: a missing, malformed or empty file.
+  """
+  data = RetrievalData.from_pairs(_pairs(path))
+  if not data.ids:
+    raise DataError(f"{path}: no pairs; the corpus is empty")
+  return data
+
+
+def _highest(scores: Float[np.ndarray, "Q N"], k: int) -> Bool[np.ndarray, "Q N"]:
+  """True at the k highest of each row; of equal scores the leftmost."""
+  if k >= scores.shape[1]:
+    return np.ones(scores.shape, bool)
+  threshold = np.partition(scores, -k, axis=1)[:, -k, None]
+  highest = scores >= threshold
+  if highest.sum() > k * len(scores):
+    above = scores > threshold
+    room = k - above.sum(axis=1, keepdims=True)
+    ties = highest & ~above
+    highest = above | (ties & (np.cumsum(ties, axis=1, dtype=np.int32) <= room))
+  return highest
+
+
+def _search_rows(
+  queries: Float[np.ndarray, "Q E"],
+  documents: Float[np.ndarray, "N E"],
+  k: int,
+  block_size: int,
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
+  best = np.empty((len(queries), 0), queries.dtype)
+  indices = np.empty((len(queries), 0), np.int64)
+  for start in range(0, len(documents), block_size):
+    # Candidates stay in document order, so that "leftmost" means the lowest index.
+    block = queries @ documents[start : start + block_size].T
+    scores = np.concatenate([best, block], axis=1)
+    keep = _highest(scores, k)
+    columns = np.nonzero(keep)[1].reshape(len(queries), min(k, scores.shape[1]))
+    rows, old = np.nonzero(columns < best.shape[1])
+    carried = indices[rows, columns[rows, old]]
+    indices = start + columns - best.shape[1]
+    indices[rows, old] = carried
+    best = scores[keep].reshape(columns.shape)
+  order = np.argsort(-best, axis=1, kind="stable")
+  return np.take_along_axis(best, order, 1), np.take_along_axis(indices, order, 1)
+
+
+def search(
+  queries: Float[np.ndarray, "Q E"],
+  documents: Float[np.ndarray, "N E"],
+  k: int,
+  block_size: int = 2048,
+) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
+  """Returns the exact top k by inner product: scores and document indices.
+
+  K = min(k, N). Rows are in falling order of score; equal scores are in order of
+  document index (trec_eval breaks ties by document name instead). At most
+  block_size x (block_size + K) scores exist at a time. Scores that are equal in
+  exact arithmetic may differ in their last bit between blocks, as matrix products
+  round by shape.
+
+  Raises:
+    ValueError: k or block_size is below 1.
+  """
+  if k < 1 or block_size < 1:
+    raise ValueError(f"k and block_size must be positive, got {k} and {block_size}")
+  starts = range(0, max(len(queries), 1), block_size)
+  parts = [
+    _search_rows(queries[i : i + block_size], documents, k, block_size) for i in starts
+  ]
+  return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+
+def without_self_matches(data: RetrievalData, rankings: Rankings) -> Rankings:
+  """The rankings without the document whose id is the query's own.
+
+  BEIR does so (`ignore_identical_ids`), since in Quora and ArguAna queries are
+  documents. We keep it where it is judged relevant: then the ids are equal by
+  chance, as in files numbered from 0 on both sides.
+  """
+  return {
+    query: [d for d in ranking if d != query or data.qrels[query].get(d, 0) > 0]
+    for query, ranking in rankings.items()
+  }
+
+
+def ranking_metrics(
+  data: RetrievalData,
+  rankings: Rankings,
+  k: int = 10,
+  recall_k: int = 100,
+  by_language: bool = False,
+) -> dict[str, float]:
+  """Means over queries of nDCG@k, MRR@k, Recall@k and Recall@recall_k, in 0..1.
+
+  Keys are such as "ndcg@10"; by language also "ndcg@10:de".
+  """
+  kinds = {
+    f"ndcg@{k}": functools.partial(metrics.ndcg, k=k),
+    f"mrr@{k}": functools.partial(metrics.reciprocal_rank, k=k),
+    f"recall@{k}": functools.partial(metrics.recall, k=k),
+    f"recall@{recall_k}": functools.partial(metrics.recall, k=recall_k),
+  }
+  groups: dict[str, list[str]] = {"": list(data.queries)}
+  if by_language:
+    for query, language in data.languages.items():
+      groups.setdefault(f":{language}", []).append(query)
+  return {
+    f"{name}{group}": float(
+      np.mean([metric(rankings[q], data.qrels[q]) for q in queries])
+    )
+    for name, metric in kinds.items()
+    for group, queries in groups.items()
+  }
+
+
+def check_widths(name: str, widths: Sequence[int], full: int | None = None) -> None:
+  """Raises ConfigError unless widths are distinct, positive and at most the full."""
+  if not widths or len(set(widths)) < len(widths) or min(widths) < 1:
+    raise ConfigError(
+      f"{name}: widths {tuple(widths)} must be one or more distinct positive numbers"
+    )
+  if full is not None and max(widths) > full:
+    raise ConfigError(
+      f"{name}: width {max(widths)} exceeds the embedding width {full}; "
+      f"set widths of at most {full}"
+    )
+
+
+def encode_checked(
+  encode: EncodeFn, texts: Sequence[str], name: str, widths: Sequence[int]
+) -> Float[np.ndarray, "N E"]:
+  """The vectors of prompted texts, as float32.
+
+  Raises:
+    ConfigError: a width exceeds E.
+    TrainingError: a vector is not finite.
+  """
+  vectors = np.asarray(encode(texts), np.float32)
+  if vectors.ndim != 2 or len(vectors) != len(texts):
+    raise ValueError(f"encode gave {vectors.shape} for {len(texts)} texts")
+  check_widths(name, widths, vectors.shape[1])
+  bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+  if len(bad):
+    raise TrainingError(
+      f"{name}: the embedding of text {bad[0]} is not finite ({len(bad)} of "
+      f"{len(texts)} are not); the parameters are damaged or overflow in this dtype"
+    )
+  return vectors
+
+
+def prefix(vectors: Float[np.ndarray, "N E"], width: int) -> Float[np.ndarray, "N W"]:
+  """The first `width` components at unit norm (Kusupati et al. 2022)."""
+  cut = vectors[:, :width]
+  norms = np.linalg.norm(cut, axis=1, keepdims=True)
+  return cut / np.maximum(norms, np.finfo(np.float32).tiny)
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalEvaluator:
+  """nDCG, MRR and recall of exact search by cosine, at each Matryoshka width.
+
+  Attributes:
+    name: The task's name in results.
+    data: A collection, a folder in the BEIR layout or a JSONL file of pairs; read
+      at the first `check` or `evaluate` and kept.
+    prompts: The prompts of queries and documents.
+    widths: Prefixes to cut; texts are embedded once for all of them.
+    k: Cutoff of nDCG@k, MRR@k and Recall@k.
+    recall_k: Cutoff of the second recall.
+    split: The file under `qrels/` of a BEIR folder.
+    by_language: Whether to add the metrics of each language's queries.
+    block_size: Queries and documents scored at a time.
+  """
+
+  name: str
+  data: RetrievalData | str | pathlib.Path
+  prompts: TaskPrompts = TaskPrompts()
+  widths: Sequence[int] = MATRYOSHKA_WIDTHS
+  k: int = 10
+  recall_k: int = 100
+  split: str | None = None
+  by_language: bool = False
+  block_size: int = 2048
+
+  @functools.cached_property
+  def collection(self) -> RetrievalData:
+    """The data, read once.
+
+    Raises:
+      DataError: see `read_beir` and `read_pairs`.
+    """
+    if isinstance(self.data, RetrievalData):
+      return self.data
+    path = pathlib.Path(self.data)
+    if path.is_dir():
+      return read_beir(path, self.split)
+    if not path.exists():
+      raise DataError(
+        f"{path}: no such file or folder; give evaluation {self.name!r} a folder in "
+        "the BEIR layout or a JSONL file of pairs"
+      )
+    if self.split is not None:
+      raise ConfigError(f"{self.name}: split needs a BEIR folder, {path} is a file")
+    return read_pairs(path)
+
+  def check(self) -> None:
+    """Reads the data, so that a mistake shows before training starts.
+
+    Raises:
+      DataError: the data is missing or malformed.
+      ConfigError: widths, cutoffs or block size cannot work.
+    """
+    check_widths(self.name, self.widths)
+    if min(self.k, self.recall_k, self.block_size) < 1:
+      raise ConfigError(f"{self.name}: k, recall_k and block_size must be positive")
+    _ = self.collection
+
+  def evaluate(self, encode: EncodeFn) -> dict[str, float]:
+    """Means over the queries, in 0..1, by key such as "ndcg@10/768".
+
+    With `by_language` also "ndcg@10:de/768".
+
+    Raises:
+      DataError: the data is missing or malformed.
+      ConfigError: settings that cannot work, or a width above the embedding's.
+      TrainingError: an embedding is not finite.
+    """
+    self.check()
+    data = self.collection
+    # Queries are few: a bad width fails before the corpus is embedded.
+    texts = [self.prompts.format_query(text) for text in data.queries.values()]
+    queries = encode_checked(encode, texts, self.name, self.widths)
+    texts = [
+      self.prompts.format_document(text, title or None)
+      for text, title in zip(data.texts, data.titles, strict=True)
+    ]
+    documents = encode_checked(encode, texts, self.name, self.widths)
+    return {
+      f"{key}/{width}": value
+      for width in self.widths
+      for key, value in self._at_width(queries, documents, width).items()
+    }
+
+  def _at_width(
+    self,
+    queries: Float[np.ndarray, "Q E"],
+    documents: Float[np.ndarray, "N E"],
+    width: int,
+  ) -> dict[str, float]:
+    data, depth = self.collection, max(self.k, self.recall_k)
+    # One more than needed, as a self-match may drop out.
+    _, indices = search(
+      prefix(queries, width), prefix(documents, width), depth + 1, self.block_size
+    )
+    rankings = {
+      query: [data.ids[i] for i in row]
+      for query, row in zip(data.queries, indices, strict=True)
+    }
+    rankings = without_self_matches(data, rankings)
+    return ranking_metrics(data, rankings, self.k, self.recall_k, self.by_language)

@@ -1,0 +1,142 @@
+"""Sentence pairs: similarity by Spearman, classification by average precision."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from embgemma.data.prompts import TaskPrompts
+from embgemma.data.sources import read_jsonl
+from embgemma.errors import DataError
+from embgemma.evaluation import metrics, retrieval
+
+
+@dataclasses.dataclass
+class ScoredPairs:
+  """Sentence pairs and their gold scores, on any scale; [N] each."""
+
+  sentences1: list[str]
+  sentences2: list[str]
+  scores: list[float]
+
+
+def read_sts(path: str | pathlib.Path) -> ScoredPairs:
+  """Returns the pairs of a JSONL file, plain or .gz.
+
+  Records are {"sentence1", "sentence2", "score"}; "label" may stand for "score".
+
+  Raises:
+    DataError: a missing or malformed file, a score that is not a finite number, or
+      fewer than two distinct scores, which no prediction could be held against.
+  """
+  pairs = ScoredPairs([], [], [])
+  for number, record in read_jsonl(path):
+    where = f"{path}:{number}"
+    score = record.get("score", record.get("label"))
+    number_like = isinstance(score, int | float) and not isinstance(score, bool)
+    if not number_like or not math.isfinite(score):
+      raise DataError(
+        f'{where}: "score" (or "label") must be a finite number, got {score!r}'
+      )
+    pairs.sentences1.append(retrieval.string_field(record, "sentence1", where))
+    pairs.sentences2.append(retrieval.string_field(record, "sentence2", where))
+    pairs.scores.append(float(score))
+  if len(set(pairs.scores)) < 2:
+    raise DataError(
+      f"{path}: {len(pairs.scores)} pairs with {len(set(pairs.scores))} distinct "
+      "scores; at least two are needed"
+    )
+  return pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class StsEvaluator:
+  """Spearman's correlation of cosine with the gold scores, at each width.
+
+  Attributes:
+    name: The task's name in results.
+    path: See `read_sts`; read at the first `check` or `evaluate` and kept.
+    prompts: The query prompt goes in front of both sentences.
+    widths: Prefixes to cut; texts are embedded once for all of them.
+  """
+
+  name: str
+  path: str | pathlib.Path
+  prompts: TaskPrompts = TaskPrompts("STS", "STS")
+  widths: Sequence[int] = retrieval.MATRYOSHKA_WIDTHS
+
+  @functools.cached_property
+  def pairs(self) -> ScoredPairs:
+    """The data, read once."""
+    return read_sts(self.path)
+
+  def check(self) -> None:
+    """Reads the data, so that a mistake shows before training starts.
+
+    Raises:
+      DataError: the data is missing or malformed.
+      ConfigError: the widths cannot work.
+    """
+    retrieval.check_widths(self.name, self.widths)
+    _ = self.pairs
+
+  def evaluate(self, encode: retrieval.EncodeFn) -> dict[str, float]:
+    """Values by key such as "spearman/768".
+
+    Raises:
+      DataError: the data is missing or malformed.
+      ConfigError: a width is above the embedding's.
+      TrainingError: an embedding is not finite.
+    """
+    self.check()
+    sentences = [*self.pairs.sentences1, *self.pairs.sentences2]
+    # Sets such as STS-B repeat sentences: each is embedded once.
+    row = {text: i for i, text in enumerate(dict.fromkeys(sentences))}
+    texts = [self.prompts.format_query(text) for text in row]
+    vectors = retrieval.encode_checked(encode, texts, self.name, self.widths)
+    first, second = np.array([row[text] for text in sentences]).reshape(2, -1)
+    gold = np.array(self.pairs.scores)
+    values = {}
+    for width in self.widths:
+      cut = retrieval.prefix(vectors, width)
+      values |= self._metric(np.sum(cut[first] * cut[second], axis=1), gold, width)
+    return values
+
+  def _metric(
+    self, cosine: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"], width: int
+  ) -> dict[str, float]:
+    return {f"spearman/{width}": metrics.spearman(cosine, gold)}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairClassificationEvaluator(StsEvaluator):
+  """Average precision of cosine for pairs labelled 1 (alike) or 0, at each width.
+
+  Keys are such as "average_precision/768". Attributes as of `StsEvaluator`.
+  """
+
+  prompts: TaskPrompts = TaskPrompts("PairClassification", "PairClassification")
+
+  @functools.cached_property
+  def pairs(self) -> ScoredPairs:
+    """The data, read once.
+
+    Raises:
+      DataError: see `read_sts`; or a label is neither 0 nor 1.
+    """
+    pairs = read_sts(self.path)
+    if set(pairs.scores) != {0.0, 1.0}:
+      raise DataError(
+        f"{self.path}: labels are {sorted(set(pairs.scores))[:5]}; pair "
+        "classification needs 1 for pairs that are alike and 0 for others"
+      )
+    return pairs
+
+  def _metric(
+    self, cosine: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"], width: int
+  ) -> dict[str, float]:
+    return {f"average_precision/{width}": metrics.average_precision(cosine, gold)}

@@ -1,0 +1,120 @@
+"""Evaluations declared by name, and what a run keeps of their results."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from embgemma.data import builtin_corpus
+from embgemma.data.prompts import TASK_PROMPTS
+from embgemma.errors import ConfigError, DataError
+from embgemma.evaluation.bm25 import bm25_metrics
+from embgemma.evaluation.retrieval import EncodeFn, RetrievalData, RetrievalEvaluator
+from embgemma.evaluation.sts import PairClassificationEvaluator, StsEvaluator
+
+BUILTIN = "builtin:"
+# The metric that stands for a task in means and in keep-best.
+MAIN_METRICS = ("ndcg@10", "spearman", "average_precision")
+
+TaskResults = dict[str, dict[str, float]]
+
+
+class Evaluator(Protocol):
+  """A named evaluation of an encode function."""
+
+  name: str
+
+  def check(self) -> None: ...
+
+  def evaluate(self, encode: EncodeFn) -> dict[str, float]: ...
+
+
+def builtin_retrieval(task: str) -> RetrievalData:
+  """The held-out pairs of a built-in task: each query's document is its positive."""
+  if task not in builtin_corpus.TASKS:
+    raise ConfigError(
+      f"unknown built-in task {task!r}; there are {sorted(builtin_corpus.TASKS)}"
+    )
+  return RetrievalData.from_pairs(
+    (record["query"], record.get("title", ""), record["positive"], "")
+    for record in builtin_corpus.examples(task, "validation")
+  )
+
+
+def evaluators(
+  entries: Mapping[str, str | Mapping[str, Any]], widths: Sequence[int]
+) -> tuple[Evaluator, ...]:
+  """Evaluators from a mapping, as gin's EVALUATIONS gives it.
+
+  Args:
+    entries: Name to a path, or to {"path": str, "kind"?: str}. The path is a folder
+      in the BEIR layout, a JSONL file of pairs, "builtin:TASK", or for the kinds
+      "sts" and "pair_classification" a JSONL file of sentence pairs; any other kind
+      picks the prompts of a retrieval task (default "search").
+    widths: Matryoshka widths.
+
+  Raises:
+    ConfigError: unknown kind or key.
+  """
+  made: list[Evaluator] = []
+  for name, entry in entries.items():
+    options = {"path": entry} if isinstance(entry, str) else dict(entry)
+    if "path" not in options or set(options) - {"path", "kind"}:
+      raise ConfigError(
+        f"evaluation {name!r}: needs 'path' and takes 'kind', got {sorted(options)}"
+      )
+    path = options["path"]
+    builtin = path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else None
+    default = builtin_corpus.TASKS.get(builtin, "search")
+    kind = options.get("kind", default)
+    if kind == "sts":
+      made.append(StsEvaluator(name, path, widths=widths))
+    elif kind == "pair_classification":
+      made.append(PairClassificationEvaluator(name, path, widths=widths))
+    elif kind in TASK_PROMPTS:
+      data = path if builtin is None else builtin_retrieval(builtin)
+      made.append(RetrievalEvaluator(name, data, TASK_PROMPTS[kind], widths))
+    else:
+      raise ConfigError(
+        f"evaluation {name!r}: unknown kind {kind!r}; there are "
+        f"{sorted([*TASK_PROMPTS, 'sts', 'pair_classification'])}"
+      )
+  return tuple(made)
+
+
+def bm25_results(chosen: Sequence[Evaluator]) -> TaskResults:
+  """BM25 on the retrieval tasks among the evaluators."""
+  return {
+    evaluator.name: bm25_metrics(evaluator.collection)
+    for evaluator in chosen
+    if isinstance(evaluator, RetrievalEvaluator)
+  }
+
+
+def mean_score(results: TaskResults) -> float:
+  """Mean over tasks of the main metric at the widest width, in 0..1."""
+  scores = []
+  for metrics in results.values():
+    widest: dict[int, float] = {}
+    for key, value in metrics.items():
+      metric, _, width = key.rpartition("/")
+      if metric in MAIN_METRICS:
+        widest[int(width)] = value
+    scores.append(widest[max(widest)])
+  return float(np.mean(scores))
+
+
+def read_results(path: pathlib.Path) -> dict[str, TaskResults]:
+  """Results of a run by step, as a run keeps them; {} if there are none.
+
+  Raises:
+    DataError: the file is damaged.
+  """
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return {}
+  except json.JSONDecodeError as error:
+    raise DataError(f"{path}: damaged ({error}); delete it") from error

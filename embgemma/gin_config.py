@@ -1,0 +1,188 @@
+"""gin: what it may name, and reading files and overrides as t5x does.
+
+The library never imports gin; constructors and `train` are registered here.
+"""
+
+import ast
+import functools
+import inspect
+import logging
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+
+from embgemma.errors import ConfigError, EmbgemmaError
+
+_PACKAGE = pathlib.Path(__file__).parent
+# gin/ lies beside the package in a checkout and inside it in a wheel.
+_SEARCH_PATHS = ("", str(_PACKAGE.parent), str(_PACKAGE))
+_MACRO = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+
+def register() -> None:
+  """Makes the configurable names known to gin, once."""
+  from embgemma import checkpoints
+  from embgemma.data import sources, tasks
+  from embgemma.losses import objective
+  from embgemma.models import config
+  from embgemma.training import loop, optimizers, partitioning
+
+  for module, names in (
+    (config, ("TransformerConfig", "EmbedderConfig")),
+    (objective, ("Objective", "Nce", "SpreadOut", "EmbeddingMatching")),
+    (sources, ("BuiltinSource", "JsonlSource", "TfdsSource", "TfrecordSource")),
+    (tasks, ("Task", "DataConfig", "builtin_tasks", "jsonl_tasks")),
+    (optimizers, ("Schedule", "OptimizerConfig")),
+    (partitioning, ("Partitioner",)),
+    (checkpoints, ("CheckpointPolicy",)),
+    (loop, ("Intervals",)),
+  ):
+    for name in names:
+      gin.external_configurable(getattr(module, name), name, module="embgemma")
+
+  # Commands other than `train` read its arguments too: gin resolves, they call.
+  @functools.wraps(loop.train)
+  def train(**arguments):
+    return arguments
+
+  gin.external_configurable(train, "train", module="embgemma")
+
+
+def _quoted(binding: str) -> str:
+  """A binding whose value, unless gin can read it, is a string.
+
+  A shell strips the quotes of --gin.MODEL_DIR="/tmp/run".
+  """
+  name, _, value = binding.partition("=")
+  value = value.strip()
+  if not value.startswith(("@", "%")):
+    try:
+      ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+      # A container may hold references, which gin reads and Python does not.
+      if not value.startswith(("[", "(", "{")):
+        value = repr(value)
+  return f"{name.strip()} = {value}"
+
+
+def _check_macros(bindings: Sequence[str]) -> None:
+  """Refuses an override of a macro that no file defines: most likely a misspelling."""
+  for binding in bindings:
+    name = binding.partition("=")[0].strip()
+    if not _MACRO.match(name):
+      continue
+    try:
+      gin.query_parameter(f"{name}/gin.macro.value")
+    except ValueError as error:
+      raise ConfigError(
+        f"--gin.{name}: no gin file given defines the macro {name}; check its "
+        "spelling, or give the --gin_file that has it"
+      ) from error
+
+
+def parse(
+  files: Sequence[str], bindings: Sequence[str], search_paths: Sequence[str]
+) -> None:
+  """Reads gin files, then overrides.
+
+  Args:
+    files: As in --gin_file.
+    bindings: NAME=VALUE, as in --gin.NAME=VALUE.
+    search_paths: Directories in which files and includes are looked for.
+
+  Raises:
+    ConfigError: a missing file, a syntax error, an unknown name or parameter.
+  """
+  gin.clear_config()
+  # gin logs an error for every search path that does not have a file.
+  logging.getLogger().addFilter(lambda r: not str(r.msg).startswith("Path not found"))
+  for path in (*reversed(_SEARCH_PATHS), *search_paths):
+    gin.add_config_file_search_path(path)
+  try:
+    for file in files:
+      gin.parse_config_file(file)
+    _check_macros(bindings)
+    for binding in bindings:
+      gin.parse_config(_quoted(binding))
+  except EmbgemmaError:
+    raise
+  except Exception as error:
+    raise ConfigError(f"gin: {_first_lines(error)}") from error
+
+
+def _first_lines(error: Exception) -> str:
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  return re.sub(r" \(<.*?>\)", "", "; ".join(lines))
+
+
+def check_required(allowed: Sequence[str] = ()) -> None:
+  """Refuses macros still at %gin.REQUIRED.
+
+  Args:
+    allowed: Macros that the command does without.
+
+  Raises:
+    ConfigError: naming those that must be given.
+  """
+  missing = re.findall(r"^(\w+) = %gin.REQUIRED$", gin.config_str(), re.MULTILINE)
+  missing = sorted(set(missing) - set(allowed))
+  if missing:
+    flags = " ".join(f"--gin.{name}=…" for name in missing)
+    raise ConfigError(f"these must be given: {flags}")
+
+
+def resolve(name: str) -> Any:
+  """What the configurable of that name returns under the configuration read.
+
+  Args:
+    name: "train" gives the arguments bound to `loop.train`; any other name, such as
+      "DataConfig", the object.
+
+  Raises:
+    ConfigError: a binding is missing or of the wrong kind.
+  """
+  try:
+    return gin.get_configurable(f"embgemma.{name}")()
+  except EmbgemmaError as error:
+    # gin raises a subclass of its own, which names the configurable.
+    raise type(error).__mro__[1](_first_lines(error)) from error
+  except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    if "configurable" not in str(error):
+      raise
+    raise ConfigError(f"gin: {_first_lines(error)}") from error
+
+
+def train_arguments(allowed: Sequence[str] = ()) -> dict[str, Any]:
+  """The arguments of `loop.train` under the configuration read.
+
+  Args:
+    allowed: Macros that may be missing; they are "" then.
+
+  Raises:
+    ConfigError: a binding is missing or of the wrong kind.
+  """
+  check_required(allowed)
+  for name in allowed:
+    if re.search(rf"^{name} = %gin.REQUIRED$", gin.config_str(), re.MULTILINE):
+      gin.parse_config(f"{name} = ''")
+  arguments = resolve("train")
+  parameters = inspect.signature(loop_train()).parameters.values()
+  missing = [
+    p.name for p in parameters if p.default is p.empty and p.name not in arguments
+  ]
+  if missing:
+    raise ConfigError(
+      f"gin: train has no {', '.join(missing)}; give a --gin_file of a stage, such as "
+      "gin/stages/prefinetune.gin"
+    )
+  return arguments
+
+
+def loop_train() -> Callable[..., Any]:
+  """`loop.train`, imported when first needed."""
+  from embgemma.training import loop
+
+  return loop.train

@@ -1,0 +1,383 @@
+"""The training objective of the embedding stages: a weighted sum of terms."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, no_type_check, runtime_checkable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from embgemma.errors import ConfigError
+from embgemma.losses.contrastive import nce
+from embgemma.losses.distillation import (
+  ALIGNMENTS,
+  METRICS,
+  check_alignment,
+  embedding_matching,
+)
+from embgemma.losses.matryoshka import check_widths, truncate
+from embgemma.losses.spread_out import spread_out
+from embgemma.typing import Array, ArrayLike, Bool, Float, Metrics, Params, UInt32
+
+_WIDTHS = (768, 512, 256, 128)
+
+
+# A pytree node is also rebuilt around shardings and abstract shapes, so its fields
+# are not checked at run time; the losses' arguments are.
+@no_type_check
+@flax.struct.dataclass
+class PairBatch:
+  """The embeddings of a batch of one task, and what the losses need beside them.
+
+  Embeddings have unit norm at full width. M may be 0; where `negative_mask` is
+  False the negative is missing and its vector may be anything finite. The hashes
+  are 64 bits of the text as two words. Teacher vectors are there for distillation
+  only.
+  """
+
+  query: Float[ArrayLike, "B E"]
+  positive: Float[ArrayLike, "B E"]
+  negative: Float[ArrayLike, "B M E"]
+  negative_mask: Bool[ArrayLike, "B M"]
+  query_hash: UInt32[ArrayLike, "B 2"]
+  positive_hash: UInt32[ArrayLike, "B 2"]
+  teacher_query: Float[ArrayLike, "B W"] | None = None
+  teacher_positive: Float[ArrayLike, "B W"] | None = None
+  teacher_negative: Float[ArrayLike, "B M W"] | None = None
+
+
+class TermValue(NamedTuple):
+  """A term's unweighted loss at each of its widths, and what else it can tell."""
+
+  losses: dict[int, Array]
+  diagnostics: Metrics
+
+
+@runtime_checkable
+class Term(Protocol):
+  """One summand of an `Objective`; `name` heads its metrics and parameters."""
+
+  name: str
+  weight: float
+
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether batches must have teacher vectors."""
+
+  def check(self, embedding_width: int) -> None:
+    """Raises ConfigError if the term cannot work at this embedding width."""
+
+  def init(self, key: Array, embedding_width: int) -> Params:
+    """What the term learns beside the model; empty if nothing."""
+
+  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+    """The unweighted losses on a batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Nce:
+  """The contrastive loss at each width: `contrastive.nce` on truncated vectors.
+
+  Widths and `hardness` are those of EmbeddingGemma (arXiv:2509.20354); it gives no
+  temperature. The diagnostics are those of the widest width.
+
+  Raises:
+    ConfigError: if the temperature is not positive.
+  """
+
+  weight: float = 1.0
+  widths: Sequence[int] = _WIDTHS
+  temperature: float = 0.05
+  hardness: float = 5.0
+  name: str = "nce"
+
+  needs_teacher = False
+
+  def __post_init__(self) -> None:
+    _freeze_widths(self)
+    if not self.temperature > 0:
+      raise ConfigError(
+        f"Term '{self.name}' has temperature {self.temperature}; give a positive one, "
+        "such as 0.05."
+      )
+
+  def check(self, embedding_width: int) -> None:
+    """Raises ConfigError if a width does not fit."""
+    check_widths(self.name, self.widths, embedding_width)
+
+  def init(self, key: Array, embedding_width: int) -> Params:
+    """Nothing to learn."""
+    return {}
+
+  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+    """The mean loss at each width, float32."""
+    values = {width: self._at(batch, width) for width in self.widths}
+    losses = {width: loss for width, (loss, _) in values.items()}
+    return TermValue(losses, diagnostics=values[max(values)][1])
+
+  def _at(self, batch: PairBatch, width: int) -> tuple[Float[Array, ""], Metrics]:
+    return nce(
+      truncate(batch.query, width),
+      truncate(batch.positive, width),
+      truncate(batch.negative, width),
+      batch.negative_mask,
+      batch.query_hash,
+      batch.positive_hash,
+      temperature=self.temperature,
+      hardness=self.hardness,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SpreadOut:
+  """The spread-out loss at each width: `spread_out` on truncated vectors."""
+
+  weight: float = 1.0
+  widths: Sequence[int] = _WIDTHS
+  name: str = "spread_out"
+
+  needs_teacher = False
+
+  def __post_init__(self) -> None:
+    _freeze_widths(self)
+
+  def check(self, embedding_width: int) -> None:
+    """Raises ConfigError if a width does not fit."""
+    check_widths(self.name, self.widths, embedding_width)
+
+  def init(self, key: Array, embedding_width: int) -> Params:
+    """Nothing to learn."""
+    return {}
+
+  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+    """The loss over queries plus that over positives at each width, float32."""
+    losses = {
+      width: spread_out(truncate(batch.query, width), truncate(batch.positive, width))
+      for width in self.widths
+    }
+    return TermValue(losses, diagnostics={})
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingMatching:
+  """Distillation from teacher vectors: `embedding_matching` summed over roles.
+
+  `widths` is the full width only where None, as in EmbeddingGemma
+  (arXiv:2509.20354). `metric` is one of 'l2', 'squared_l2', 'cosine' and
+  `alignment` one of 'straight', 'prefix', 'projection'; the last learns one kernel
+  a width and needs `teacher_width`.
+
+  Raises:
+    ConfigError: for another metric or alignment, or 'projection' without
+      `teacher_width`.
+  """
+
+  weight: float = 1.0
+  widths: Sequence[int] | None = None
+  metric: str = "l2"
+  alignment: str = "prefix"
+  teacher_width: int | None = None
+  name: str = "embedding_matching"
+
+  needs_teacher = True
+
+  def __post_init__(self) -> None:
+    _freeze_widths(self)
+    for field, value, known in (
+      ("metric", self.metric, METRICS),
+      ("alignment", self.alignment, ALIGNMENTS),
+    ):
+      if value not in known:
+        raise ConfigError(
+          f"Term '{self.name}' has {field} '{value}'; give one of {', '.join(known)}."
+        )
+    if self.alignment == "projection" and self.teacher_width is None:
+      raise ConfigError(
+        f"Term '{self.name}' projects to the teacher's width, which is not given; set "
+        "its `teacher_width`."
+      )
+
+  def check(self, embedding_width: int) -> None:
+    """Raises ConfigError if a width does not fit the embedding or the teacher."""
+    widths = self._widths(embedding_width)
+    check_widths(self.name, widths, embedding_width)
+    if self.teacher_width is not None:
+      for width in widths:
+        check_alignment(self.name, self.alignment, width, self.teacher_width)
+
+  def init(self, key: Array, embedding_width: int) -> Params:
+    """For 'projection', a kernel [width, teacher_width] under each width's name."""
+    if self.alignment != "projection":
+      return {}
+    initializer = nn.with_logical_partitioning(
+      nn.initializers.lecun_normal(), ("embed", "teacher")
+    )
+    widths = self._widths(embedding_width)
+    keys = jax.random.split(key, len(widths))
+    return {
+      f"kernel_{width}": initializer(key, (width, self.teacher_width), jnp.float32)
+      for key, width in zip(keys, widths, strict=True)
+    }
+
+  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+    """The sum over roles of the mean distance at each width, float32.
+
+    Raises:
+      ConfigError: if the batch has no teacher vectors, or their width does not suit.
+    """
+    roles = list(self._roles(batch))
+    losses = {}
+    for width in self._widths(batch.query.shape[-1]):
+      kernel = self._kernel(params, width)
+      losses[width] = sum(
+        self._match(truncate(student, width), teacher, mask, kernel)
+        for student, teacher, mask in roles
+      )
+    return TermValue(losses, diagnostics={})
+
+  def _widths(self, embedding_width: int) -> Sequence[int]:
+    return (embedding_width,) if self.widths is None else self.widths
+
+  def _match(
+    self,
+    student: Float[ArrayLike, "*n K"],
+    teacher: Float[ArrayLike, "*n W"],
+    mask: Bool[ArrayLike, "*n"] | None,
+    kernel: Float[ArrayLike, "K W"] | None,
+  ) -> Float[Array, ""]:
+    width, teacher_width = student.shape[-1], teacher.shape[-1]
+    if self.teacher_width not in (None, teacher_width):
+      raise ConfigError(
+        f"Term '{self.name}' expects teacher vectors of width {self.teacher_width}, "
+        f"but the batch's have {teacher_width}; set its `teacher_width` to that, or "
+        "cache the vectors of the right teacher."
+      )
+    check_alignment(self.name, self.alignment, width, teacher_width)
+    return embedding_matching(
+      student, teacher, mask, self.metric, self.alignment, kernel
+    )
+
+  def _roles(
+    self, batch: PairBatch
+  ) -> Iterator[tuple[ArrayLike, ArrayLike, ArrayLike | None]]:
+    """Student, teacher and mask of each role that the batch has."""
+    roles = (
+      ("query", batch.query, batch.teacher_query, None),
+      ("positive", batch.positive, batch.teacher_positive, None),
+      ("negative", batch.negative, batch.teacher_negative, batch.negative_mask),
+    )
+    for role, student, teacher, mask in roles:
+      if student.size == 0:
+        continue
+      if teacher is None:
+        raise ConfigError(
+          f"Term '{self.name}' needs teacher vectors, but the batch has none for role "
+          f"'{role}'; add them to the cache of every task in the mixture (`embgemma "
+          "teach`), or take the term out of the objective."
+        )
+      yield student, teacher, mask
+
+  def _kernel(self, params: Params, width: int) -> Array | None:
+    if self.alignment != "projection":
+      return None
+    name = f"kernel_{width}"
+    if name not in params:
+      raise ConfigError(
+        f"Term '{self.name}' has no parameter '{self.name}/{name}'; start from "
+        "`Objective.init`, or restore a checkpoint trained with this objective."
+      )
+    return meta.unbox(params[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """The weighted sum of terms; a pure function of embeddings.
+
+  EmbeddingGemma (arXiv:2509.20354) adds `Nce`, `SpreadOut` and `EmbeddingMatching`
+  and gives no weights between them.
+
+  Raises:
+    ConfigError: if there is no term, or two terms have one name.
+  """
+
+  terms: Sequence[Term] = ()
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "terms", tuple(self.terms))
+    if not self.terms:
+      raise ConfigError(
+        "The objective has no terms; bind `Objective.terms` to at least one, such as "
+        "`(@Nce(),)`."
+      )
+    names = [term.name for term in self.terms]
+    for name in names:
+      if names.count(name) > 1:
+        raise ConfigError(
+          f"The objective has {names.count(name)} terms named '{name}'; give each its "
+          "own `name`."
+        )
+
+  @property
+  def needs_teacher(self) -> bool:
+    """Whether any term needs teacher vectors in the batch."""
+    return any(term.needs_teacher for term in self.terms)
+
+  def check(self, embedding_width: int) -> None:
+    """Returns nothing if every term can work at this embedding width.
+
+    Raises:
+      ConfigError: naming the term and the width that cannot.
+    """
+    for term in self.terms:
+      term.check(embedding_width)
+
+  def init(self, key: Array, embedding_width: int) -> dict[str, Params]:
+    """The parameters of the terms that learn any, by term name, float32.
+
+    They are boxed with their logical axes, as `nn.Module.init` returns them.
+
+    Raises:
+      ConfigError: as `check` does.
+    """
+    self.check(embedding_width)
+    keys = jax.random.split(key, len(self.terms))
+    params = {
+      term.name: term.init(key, embedding_width)
+      for key, term in zip(keys, self.terms, strict=True)
+    }
+    return {name: values for name, values in params.items() if values}
+
+  def __call__(
+    self, batch: PairBatch, params: Params
+  ) -> tuple[Float[Array, ""], Metrics]:
+    """The loss and its metrics, float32 scalars.
+
+    `params` are those of `init`, boxed or not. The metrics are `loss`, each term's
+    unweighted `NAME/WIDTH`, and the diagnostics of the term with the widest width
+    that has any: `similarity/positive`, `similarity/negative`,
+    `similarity/hard_negative` and `accuracy`.
+
+    Raises:
+      ConfigError: as `check` does, or if a term needs teacher vectors and the batch
+        has none.
+    """
+    self.check(batch.query.shape[-1])
+    loss = jnp.zeros((), jnp.float32)
+    metrics, widest = {}, 0
+    for term in self.terms:
+      value = term(batch, params.get(term.name, {}))
+      loss += term.weight * sum(value.losses.values())
+      metrics |= {f"{term.name}/{width}": x for width, x in value.losses.items()}
+      if value.diagnostics and max(value.losses) > widest:
+        metrics |= value.diagnostics
+        widest = max(value.losses)
+    return loss, {"loss": loss, **metrics}
+
+
+def _freeze_widths(term: Any) -> None:
+  """Makes widths a tuple: gin may give a list, and terms should be hashable."""
+  if term.widths is not None:
+    object.__setattr__(term, "widths", tuple(term.widths))

@@ -1,0 +1,202 @@
+"""Model configurations: plain frozen dataclasses that gin builds and checkpoints keep."""
+
+import dataclasses
+from typing import Any
+
+from embgemma.errors import ConfigError
+
+ATTENTION_KINDS = ("local", "global")
+MASK_KINDS = ("bidirectional", "causal")
+POOLERS = ("mean", "first", "last", "attention")
+REMAT_POLICIES = ("none", "full", "dots")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+# Gemma 3: five sliding-window layers, then a global one; layer i is global iff
+# (i + 1) % 6 == 0.
+GEMMA3_PATTERN = ("local",) * 5 + ("global",)
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Shape of a Gemma 3 text stack (architecture of arXiv 2503.19786).
+
+  Attributes:
+    vocab_size: Rows of the embedding table, V.
+    num_layers: Blocks; the last repetition of `attention_pattern` may be partial.
+    width: Residual stream width, D.
+    mlp_width: Hidden width of the gated feed-forward.
+    num_heads: Query heads, H.
+    num_kv_heads: Key/value heads, K; divides H.
+    head_dim: Width of a head; even, because RoPE rotates halves.
+    attention_pattern: Kinds of the layers of one repeating group.
+    mask: "bidirectional" or "causal".
+    window: (left, right) keys that a query of a local layer sees besides itself,
+      both inclusive. EmbeddingGemma: (256, 256); causal Gemma 3 with
+      sliding_window 512: (511, 0).
+    rope_base_local: RoPE base of local layers.
+    rope_base_global: RoPE base of global layers.
+    query_scalar: Queries are scaled by query_scalar ** -0.5; None is head_dim.
+    norm_epsilon: Added to the mean square inside RMSNorm.
+    max_length: Longest text in tokens, BOS and EOS included.
+    dtype: Compute dtype, "float32" or "bfloat16". Parameters are float32.
+    remat: What the backward pass recomputes: "none", "full" (keep only the
+      input of each layer group) or "dots" (keep matmul outputs).
+  """
+
+  vocab_size: int
+  num_layers: int
+  width: int
+  mlp_width: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  attention_pattern: tuple[str, ...] = GEMMA3_PATTERN
+  mask: str = "bidirectional"
+  window: tuple[int, int] = (256, 256)
+  rope_base_local: float = 10_000.0
+  rope_base_global: float = 1_000_000.0
+  query_scalar: float | None = None
+  norm_epsilon: float = 1e-6
+  max_length: int = 2048
+  dtype: str = "float32"
+  remat: str = "none"
+
+  def __post_init__(self):
+    # gin and JSON give lists; a configuration must be hashable.
+    object.__setattr__(self, "attention_pattern", tuple(self.attention_pattern))
+    object.__setattr__(self, "window", tuple(self.window))
+    name = "TransformerConfig"
+    for field in (
+      "vocab_size",
+      "num_layers",
+      "width",
+      "mlp_width",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "max_length",
+    ):
+      value = getattr(self, field)
+      _require(
+        isinstance(value, int) and value > 0,
+        f"{name}.{field} must be a positive integer, got {value!r}",
+      )
+    _require(
+      self.num_heads % self.num_kv_heads == 0,
+      f"{name}.num_heads ({self.num_heads}) must be a multiple of "
+      f"num_kv_heads ({self.num_kv_heads})",
+    )
+    _require(
+      self.head_dim % 2 == 0,
+      f"{name}.head_dim must be even for RoPE, got {self.head_dim}",
+    )
+    _require(
+      bool(self.attention_pattern)
+      and all(kind in ATTENTION_KINDS for kind in self.attention_pattern),
+      f"{name}.attention_pattern must list {ATTENTION_KINDS}, "
+      f"got {self.attention_pattern}",
+    )
+    _require(
+      self.mask in MASK_KINDS,
+      f"{name}.mask must be one of {MASK_KINDS}, got {self.mask!r}",
+    )
+    _require(
+      len(self.window) == 2
+      and all(isinstance(side, int) and side >= 0 for side in self.window),
+      f"{name}.window must be two non-negative integers (left, right), "
+      f"got {self.window}",
+    )
+    _require(
+      self.dtype != "float16",
+      f"{name}.dtype float16 is not supported: Gemma 3 activations exceed its "
+      "largest value (65,504); use 'bfloat16' or 'float32'",
+    )
+    _require(
+      self.dtype in COMPUTE_DTYPES,
+      f"{name}.dtype must be one of {COMPUTE_DTYPES}, got {self.dtype!r}",
+    )
+    _require(
+      self.remat in REMAT_POLICIES,
+      f"{name}.remat must be one of {REMAT_POLICIES}, got {self.remat!r}",
+    )
+
+  @property
+  def layer_kinds(self) -> tuple[str, ...]:
+    """Attention kind of every layer, first to last."""
+    pattern = self.attention_pattern
+    return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedderConfig:
+  """An encoder, a pooler and the two linear heads (arXiv 2509.20354, section 2.1).
+
+  Attributes:
+    transformer: The encoder.
+    pooler: "mean", "first", "last" or "attention".
+    pooler_heads: Heads of the attention pooler; divides the encoder's width.
+    hidden_width: d_U, between the two heads (EmbeddingGemma: 3072).
+    embedding_width: d, of the result (EmbeddingGemma: 768).
+    matryoshka_widths: Prefix lengths trained to stand alone, widest first.
+  """
+
+  transformer: TransformerConfig
+  pooler: str = "mean"
+  pooler_heads: int = 4
+  hidden_width: int = 3072
+  embedding_width: int = 768
+  matryoshka_widths: tuple[int, ...] = (768, 512, 256, 128)
+
+  def __post_init__(self):
+    object.__setattr__(self, "matryoshka_widths", tuple(self.matryoshka_widths))
+    _require(
+      isinstance(self.transformer, TransformerConfig),
+      "EmbedderConfig.transformer must be a TransformerConfig, "
+      f"got {self.transformer!r}",
+    )
+    _require(
+      self.pooler in POOLERS,
+      f"EmbedderConfig.pooler must be one of {POOLERS}, got {self.pooler!r}",
+    )
+    _require(
+      self.pooler != "attention" or self.transformer.width % self.pooler_heads == 0,
+      f"EmbedderConfig.pooler_heads ({self.pooler_heads}) must divide the encoder's "
+      f"width ({self.transformer.width})",
+    )
+    for field in ("hidden_width", "embedding_width"):
+      value = getattr(self, field)
+      _require(
+        isinstance(value, int) and value > 0,
+        f"EmbedderConfig.{field} must be a positive integer, got {value!r}",
+      )
+    for width in self.matryoshka_widths:
+      _require(
+        0 < width <= self.embedding_width,
+        f"EmbedderConfig.matryoshka_widths: {width} is not in "
+        f"1..{self.embedding_width} (embedding_width)",
+      )
+
+  def to_json(self) -> dict[str, Any]:
+    """A JSON object from which `from_json` builds an equal configuration."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> "EmbedderConfig":
+    """The configuration kept in a checkpoint.
+
+    Raises:
+      ConfigError: a key is unknown or missing.
+    """
+    try:
+      return cls(
+        **{**values, "transformer": TransformerConfig(**values["transformer"])}
+      )
+    except (KeyError, TypeError) as error:
+      raise ConfigError(
+        f"model configuration: {error}; it was written by another version of embgemma"
+      ) from error

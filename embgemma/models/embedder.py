@@ -1,0 +1,53 @@
+"""The embedding function: packed texts to unit vectors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from embgemma.models.config import EmbedderConfig
+from embgemma.models.layers import linear
+from embgemma.models.poolers import Pooler
+from embgemma.models.transformer import Transformer
+from embgemma.typing import Array, Float, PackedTexts, Params
+
+
+class Embedder(nn.Module):
+  """Encoder, pooler, g: D -> d_U, f: d_U -> E, unit norm (arXiv 2509.20354, eq. 1)."""
+
+  config: EmbedderConfig
+
+  @nn.compact
+  def __call__(self, packed: PackedTexts) -> Float[Array, "N E"]:
+    """Unit vectors in float32; zeros for slots that hold no text."""
+    cfg = self.config
+    dtype = jnp.dtype(cfg.transformer.dtype)
+    hidden = Transformer(cfg.transformer, name="encoder")(
+      packed.tokens, packed.positions, packed.text_ids
+    )
+    pooled = Pooler(cfg.pooler, cfg.pooler_heads, name="pooler")(hidden, packed)
+    x = linear(cfg.hidden_width, ("embed", "projection"), dtype, "projection_up")(
+      pooled.astype(dtype)
+    )
+    x = linear(
+      cfg.embedding_width, ("projection", "embedding"), dtype, "projection_down"
+    )(x)
+    x = x.astype(jnp.float32)
+    # The bound keeps the gradient of an empty slot finite.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+  def embed(self, params: Params, packed: PackedTexts) -> Float[Array, "N E"]:
+    """`__call__` with explicit parameters: what training and inference both call."""
+    return self.apply({"params": params}, packed)
+
+
+def abstract_packed_texts() -> PackedTexts:
+  """The smallest input that initialises an Embedder: one row with one text."""
+  ids = jnp.zeros((1, 2), jnp.int32)
+  return PackedTexts(
+    tokens=ids,
+    positions=ids,
+    text_ids=ids,
+    starts=jnp.zeros((1,), jnp.int32),
+    lengths=jnp.full((1,), 2, jnp.int32),
+    num_shards=1,
+  )

@@ -1,0 +1,138 @@
+"""Gemma 3 building blocks: norm, linear map, feed-forward, attention, block."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from embgemma.models import attention
+from embgemma.models.config import TransformerConfig
+from embgemma.typing import Array, Bool, DTypeLike, Float
+
+# Norms keep the scale of the residual branches, so plain fan-in scaling serves
+# at every depth.
+kernel_init = nn.initializers.lecun_normal()
+
+
+class AttentionInputs(NamedTuple):
+  """What layers of one kind share: computed once, outside the scan."""
+
+  mask: Bool[Array, "R 1 L L"]
+  angles: tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]]
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * (1 + scale), computed in float32 and cast back last.
+
+  The scale is zero-centred, as Gemma stores it.
+  """
+
+  epsilon: float
+  axis_name: str = "embed"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    scale = self.param(
+      "scale",
+      nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis_name,)),
+      (x.shape[-1],),
+      jnp.float32,
+    )
+    y = x.astype(jnp.float32)
+    y = y * (jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) ** -0.5
+    return (y * (1.0 + scale)).astype(x.dtype)
+
+
+def linear(
+  features: int, axes: tuple[str, str], dtype: DTypeLike, name: str
+) -> nn.Dense:
+  """A bias-free map with a 2-D kernel [in, out], float32 parameters."""
+  return nn.Dense(
+    features,
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=jnp.float32,
+    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+    name=name,
+  )
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with RMS-normed queries and keys, then RoPE."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "R L D"], inputs: AttentionInputs
+  ) -> Float[Array, "R L D"]:
+    cfg = self.config
+    dtype = jnp.dtype(cfg.dtype)
+    rows, length, _ = x.shape
+
+    def project(heads: int, axis: str, name: str) -> Array:
+      flat = linear(heads * cfg.head_dim, ("embed", axis), dtype, name)(x)
+      return flat.reshape(rows, length, heads, cfg.head_dim)
+
+    query = project(cfg.num_heads, "heads", "query")
+    key = project(cfg.num_kv_heads, "kv", "key")
+    value = project(cfg.num_kv_heads, "kv", "value")
+    query = RMSNorm(cfg.norm_epsilon, "head_dim", name="query_norm")(query)
+    key = RMSNorm(cfg.norm_epsilon, "head_dim", name="key_norm")(key)
+    query = attention.apply_rotary(query, inputs.angles)
+    key = attention.apply_rotary(key, inputs.angles)
+    scale = (cfg.query_scalar or cfg.head_dim) ** -0.5
+    out = attention.dot_product_attention(query, key, value, inputs.mask, scale)
+    out = out.reshape(rows, length, cfg.num_heads * cfg.head_dim)
+    return linear(cfg.width, ("heads", "embed"), dtype, "output")(out)
+
+
+class FeedForward(nn.Module):
+  """gelu_tanh(x W_gate) * (x W_up), then W_down."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "R L D"]) -> Float[Array, "R L D"]:
+    cfg = self.config
+    dtype = jnp.dtype(cfg.dtype)
+    gate = linear(cfg.mlp_width, ("embed", "mlp"), dtype, "gate")(x)
+    up = linear(cfg.mlp_width, ("embed", "mlp"), dtype, "up")(x)
+    hidden = nn.gelu(gate, approximate=True) * up
+    return linear(cfg.width, ("mlp", "embed"), dtype, "down")(hidden)
+
+
+class Block(nn.Module):
+  """Attention and feed-forward, each between two norms (Gemma 3's sandwich)."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "R L D"], inputs: AttentionInputs
+  ) -> Float[Array, "R L D"]:
+    cfg = self.config
+
+    def norm(name: str) -> RMSNorm:
+      return RMSNorm(cfg.norm_epsilon, name=name)
+
+    y = Attention(cfg, name="attention")(norm("pre_attention_norm")(x), inputs)
+    x = x + norm("post_attention_norm")(y)
+    y = FeedForward(cfg, name="mlp")(norm("pre_mlp_norm")(x))
+    return x + norm("post_mlp_norm")(y)
+
+
+class LayerGroup(nn.Module):
+  """Consecutive blocks of the given kinds: the body of the scan over layers."""
+
+  config: TransformerConfig
+  kinds: tuple[str, ...]
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "R L D"], inputs: Mapping[str, AttentionInputs]
+  ) -> tuple[Float[Array, "R L D"], None]:
+    for index, kind in enumerate(self.kinds):
+      x = Block(self.config, name=f"layer_{index}")(x, inputs[kind])
+    return x, None

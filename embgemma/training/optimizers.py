@@ -1,0 +1,163 @@
+"""Optimizers and learning-rate schedules, all from optax."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import jax
+import optax
+
+from embgemma.errors import ConfigError
+from embgemma.typing import PyTree
+
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+OPTIMIZERS = ("adamw", "adafactor")
+# Zero-centred norm scales and the token table are not decayed.
+NOT_DECAYED = r"(^|/)(scale|table)$"
+
+
+def _path(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """A learning rate over steps: linear warm-up, then by kind.
+
+  Attributes:
+    kind: "constant", "cosine", "linear" or "wsd" (warm-up, stable, linear decay
+      over the last `decay_steps`).
+    peak: Rate after the warm-up.
+    warmup_steps: Steps from 0 to the peak; a fraction < 1 is of the run's steps.
+    decay_steps: Of "wsd"; a fraction < 1 is of the run's steps.
+    final_ratio: Rate at the end over the peak ("cosine", "linear", "wsd").
+  """
+
+  kind: str = "cosine"
+  peak: float = 1e-4
+  warmup_steps: int | float = 0.05
+  decay_steps: int | float = 0.1
+  final_ratio: float = 0.0
+
+  def __post_init__(self):
+    if self.kind not in SCHEDULES:
+      raise ConfigError(f"Schedule.kind must be one of {SCHEDULES}, got {self.kind!r}")
+    if not self.peak > 0:
+      raise ConfigError(f"Schedule.peak must be > 0, got {self.peak!r}")
+
+  def build(self, train_steps: int) -> optax.Schedule:
+    """Step to learning rate, for a run of `train_steps`.
+
+    Raises:
+      ConfigError: warm-up and decay are longer than the run.
+    """
+
+    def steps(value: int | float) -> int:
+      return round(value * train_steps) if 0 < value < 1 else int(value)
+
+    warmup = steps(self.warmup_steps)
+    decay = steps(self.decay_steps) if self.kind == "wsd" else 0
+    rest = train_steps - warmup
+    if warmup < 0 or decay < 0 or warmup + decay > train_steps:
+      raise ConfigError(
+        f"Schedule: {warmup} warm-up and {decay} decay steps do not fit into "
+        f"TRAIN_STEPS {train_steps}"
+      )
+    final = self.peak * self.final_ratio
+    if self.kind == "cosine":
+      after = optax.cosine_decay_schedule(self.peak, max(rest, 1), self.final_ratio)
+    elif self.kind == "linear":
+      after = optax.linear_schedule(self.peak, final, max(rest, 1))
+    elif self.kind == "wsd":
+      stable = optax.constant_schedule(self.peak)
+      fall = optax.linear_schedule(self.peak, final, max(decay, 1))
+      after = optax.join_schedules([stable, fall], [rest - decay])
+    else:
+      after = optax.constant_schedule(self.peak)
+    if not warmup:
+      return after
+    # The first step already moves: (step + 1) / warmup.
+    rise = optax.linear_schedule(self.peak / warmup, self.peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Clipping, then AdamW or Adafactor, then the schedule.
+
+  Attributes:
+    name: "adamw" or "adafactor".
+    schedule: Of the learning rate.
+    clip_norm: Largest global norm of the gradient; None does not clip.
+    weight_decay: Decoupled; not on norm scales and the token table.
+    b1: AdamW's first moment decay.
+    b2: AdamW's second moment decay.
+    epsilon: AdamW's.
+    rate_multipliers: Pattern searched in a parameter's path, such as
+      "projection_(up|down)", to a factor on its learning rate.
+  """
+
+  name: str = "adamw"
+  schedule: Schedule = Schedule()
+  clip_norm: float | None = 1.0
+  weight_decay: float = 0.01
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+  rate_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.name not in OPTIMIZERS:
+      raise ConfigError(
+        f"OptimizerConfig.name must be one of {OPTIMIZERS}, got {self.name!r}"
+      )
+
+  def build(self, train_steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a run."""
+
+    def decayed(params: PyTree) -> PyTree:
+      return jax.tree_util.tree_map_with_path(
+        lambda path, _: not re.search(NOT_DECAYED, _parameter(path)), params
+      )
+
+    parts = []
+    if self.clip_norm is not None:
+      parts.append(optax.clip_by_global_norm(self.clip_norm))
+    if self.name == "adamw":
+      parts.append(optax.scale_by_adam(self.b1, self.b2, self.epsilon))
+    else:
+      parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    parts.append(optax.add_decayed_weights(self.weight_decay, decayed))
+    if self.rate_multipliers:
+      parts.append(self._multiply_rates())
+    parts.append(optax.scale_by_learning_rate(self.schedule.build(train_steps)))
+    return optax.chain(*parts)
+
+  def _multiply_rates(self) -> optax.GradientTransformation:
+    def scale(updates, params=None):
+      del params
+      matched = set()
+
+      def factor(path, update):
+        value = 1.0
+        for pattern, multiplier in self.rate_multipliers.items():
+          if re.search(pattern, _parameter(path)):
+            matched.add(pattern)
+            value *= multiplier
+        return update * value
+
+      scaled = jax.tree_util.tree_map_with_path(factor, updates)
+      unmatched = set(self.rate_multipliers) - matched
+      if unmatched:
+        raise ConfigError(
+          f"OptimizerConfig.rate_multipliers: {sorted(unmatched)} match no parameter"
+        )
+      return scaled
+
+    return optax.stateless(scale)
+
+
+def _parameter(path: tuple) -> str:
+  """Path of a parameter, without the field of a flax metadata box."""
+  keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
+  return _path(tuple(keys))

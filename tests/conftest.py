@@ -1,0 +1,9 @@
+"""Eight virtual devices, one thread pool each test process can share."""
+
+import os
+
+# Before jax is imported anywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
