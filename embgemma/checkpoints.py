@@ -9,12 +9,15 @@
 A step directory appears under its number only when all of it is written.
 """
 
+import contextlib
 import dataclasses
 import errno
+import functools
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from embgemma.data.vocabularies import SentencePieceVocabulary
-from embgemma.errors import CheckpointError
+from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models.config import EmbedderConfig
 from embgemma.typing import PyTree
 
@@ -59,11 +62,13 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
       os.fsync(file.fileno())
     os.replace(unfinished, path)
   except OSError as error:
-    unfinished.unlink(missing_ok=True)
-    raise _write_error(path, error) from error
+    with contextlib.suppress(OSError):
+      unfinished.unlink()
+    raise write_error(path, error) from error
 
 
-def _write_error(path: os.PathLike[str] | str, error: OSError) -> CheckpointError:
+def write_error(path: os.PathLike[str] | str, error: OSError) -> CheckpointError:
+  """What to raise where a run's directory cannot be written."""
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
   remedy = "free space or choose another MODEL_DIR" if full else "check the directory"
   return CheckpointError(
@@ -107,7 +112,7 @@ def read_description(model_dir: pathlib.Path) -> Description:
         f"{path}: format {content['format']} is newer than this embgemma reads "
         f"({CHECKPOINT_FORMAT}); upgrade embgemma"
       )
-    config = EmbedderConfig.from_json(content["model"])
+    config = _model_config(content["model"], path)
     return Description(config, content["lengths"], content["prompts"])
   except FileNotFoundError as error:
     raise CheckpointError(
@@ -116,6 +121,13 @@ def read_description(model_dir: pathlib.Path) -> Description:
     ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f"{path}: damaged: {error!r}") from error
+
+
+def _model_config(content: Any, path: pathlib.Path) -> EmbedderConfig:
+  try:
+    return EmbedderConfig.from_json(content)
+  except ConfigError as error:
+    raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_vocabulary(model_dir: pathlib.Path) -> SentencePieceVocabulary:
@@ -131,13 +143,20 @@ class CheckpointPolicy:
     every_steps: Steps between checkpoints.
     keep_last: Newest to keep.
     keep_best: Best to keep, by `best_metric`.
-    best_metric: Of the evaluations; higher is better.
+    best_metric: Of the evaluations, "mean" or TASK/METRIC/WIDTH; higher is better.
   """
 
   every_steps: int = 1000
   keep_last: int = 2
   keep_best: int = 1
   best_metric: str = "mean"
+
+  def __post_init__(self):
+    for name, least in (("every_steps", 1), ("keep_last", 1), ("keep_best", 0)):
+      if getattr(self, name) < least:
+        raise ConfigError(
+          f"CheckpointPolicy.{name} must be at least {least}, got {getattr(self, name)}"
+        )
 
 
 class CheckpointStore:
@@ -152,28 +171,29 @@ class CheckpointStore:
     self._directory = model_dir / "checkpoints"
     if policy is None and not self._directory.is_dir():
       raise CheckpointError(f"{model_dir}: holds no checkpoints yet")
-    preservation = None
+    preservation = best = None
     if policy is not None:
+      best = functools.partial(_best_metric, policy.best_metric)
       preservation = checkpoint_managers.AnyPreservationPolicy(
         [
           checkpoint_managers.LatestN(policy.keep_last),
           checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics[policy.best_metric],
+            get_metric_fn=best,
             n=policy.keep_best,
             keep_checkpoints_without_metrics=False,
           ),
         ]
       )
-    self._manager = ocp.CheckpointManager(
-      self._directory.absolute(),
-      options=ocp.CheckpointManagerOptions(
-        create=policy is not None,
-        read_only=policy is None,
-        cleanup_tmp_directories=policy is not None,
-        preservation_policy=preservation,
-        enable_async_checkpointing=policy is not None,
-      ),
+    options = ocp.CheckpointManagerOptions(
+      create=policy is not None,
+      read_only=policy is None,
+      cleanup_tmp_directories=policy is not None,
+      preservation_policy=preservation,
+      best_fn=best,  # without it Orbax keeps metrics in memory only
+      enable_async_checkpointing=policy is not None,
     )
+    with self._write_errors():
+      self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
 
   def steps(self) -> list[int]:
     """Complete checkpoints, oldest first."""
@@ -208,32 +228,28 @@ class CheckpointStore:
     }
     if ema is not None:
       items["ema"] = ocp.args.StandardSave(ema)
-    try:
+    with self._write_errors():
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics)
       )
+
+  def wait(self) -> None:
+    """Returns once every checkpoint is on disk."""
+    with self._write_errors():
+      self._manager.wait_until_finished()
+
+  @contextlib.contextmanager
+  def _write_errors(self) -> Iterator[None]:
+    try:
+      yield
     except OSError as error:
-      raise _write_error(self._directory, error) from error
+      raise write_error(self._directory, error) from error
     except ValueError as error:
       # tensorstore reports a full disk so.
       if "space" not in str(error).lower():
         raise
-      raise _write_error(
-        self._directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-      ) from error
-
-  def wait(self) -> None:
-    """Returns once every checkpoint is on disk."""
-    try:
-      self._manager.wait_until_finished()
-    except OSError as error:
-      raise _write_error(self._directory, error) from error
-    except ValueError as error:
-      if "space" not in str(error).lower():
-        raise
-      raise _write_error(
-        self._directory, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-      ) from error
+      full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+      raise write_error(self._directory, full) from error
 
   def close(self) -> None:
     self.wait()
@@ -290,9 +306,8 @@ class CheckpointStore:
   def _check_shapes(self, step: int, item: str, abstract: PyTree) -> None:
     directory = self._directory / str(step) / item
     try:
-      with ocp.StandardCheckpointer() as reader:
-        metadata = reader.metadata(directory.absolute())
-        found = _shapes(metadata.item_metadata.tree)
+      metadata = ocp.StandardCheckpointHandler().metadata(directory.absolute())
+      found = _shapes(metadata.tree)
     except Exception as error:
       raise CheckpointError(f"{directory}: damaged or missing: {error}") from error
     expected = _shapes(abstract)
@@ -300,14 +315,23 @@ class CheckpointStore:
     for path in sorted(found.keys() | expected.keys()):
       here, there = expected.get(path), found.get(path)
       if here != there:
-        problems.append(f"{path}: checkpoint {there or '-'}, model {here or '-'}")
+        problems.append(f"{path}: checkpoint {_or_dash(there)}, model {_or_dash(here)}")
     if problems:
       shown = "\n  ".join(problems[:10])
       more = f"\n  … and {len(problems) - 10} more" if len(problems) > 10 else ""
       raise CheckpointError(
-        f"{directory}: another architecture than this configuration's:\n  "
-        f"{shown}{more}\nUse the model's own gin file, or another MODEL_DIR."
+        f"{directory}: another architecture or optimizer than this configuration's:"
+        f"\n  {shown}{more}\nUse the model's own gin file, or another MODEL_DIR."
       )
+
+
+def _best_metric(name: str, metrics: Mapping[str, float]) -> float:
+  # Steps of before the policy changed may lack it.
+  return metrics.get(name, -math.inf)
+
+
+def _or_dash(shape: tuple[int, ...] | None) -> str:
+  return "-" if shape is None else str(shape)
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
@@ -122,8 +124,36 @@ def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   from embgemma.data import cache
 
   _configure(options, bindings)
-  arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
-  cache.build(arguments["data"], lambda line: print(line, file=sys.stderr, flush=True))
+  data = gin_config.train_arguments(allowed=("MODEL_DIR",))["data"]
+  # TensorFlow has nothing to do on a GPU, and would take its memory.
+  os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+  try:
+    with _own_stderr() as stderr:
+      cache.build(data, lambda line: print(line, file=stderr, flush=True))
+  except (OSError, RuntimeError) as error:
+    # ArrayRecord gives what the system said in a RuntimeError.
+    if isinstance(error, RuntimeError) and "write() failed" not in str(error):
+      raise
+    raise DataError(
+      f"{data.cache_dir}: the cache cannot be written: {error}; free space or choose "
+      "another CACHE_DIR. Complete caches are untouched."
+    ) from error
+
+
+@contextlib.contextmanager
+def _own_stderr() -> Iterator[IO[str]]:
+  """The process's stderr, while what libraries write there is dropped.
+
+  TensorFlow's C++ heeds no log level, and prints the traceback of a bad record.
+  """
+  sys.stderr.flush()
+  with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as null:
+    os.dup2(null.fileno(), 2)
+    try:
+      yield stderr
+    finally:
+      sys.stderr.flush()
+      os.dup2(stderr.fileno(), 2)
 
 
 def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
@@ -137,6 +167,11 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
   finished = subprocess.run(
     [sys.executable, "-m", "embgemma", "cache", *command_line], env=environment
   )
+  if finished.returncode < 0:
+    raise DataError(
+      f"caching was killed by signal {-finished.returncode} (9: perhaps out of "
+      "memory); complete caches are kept, the same command goes on from there"
+    )
   if finished.returncode:
     raise SystemExit(finished.returncode)
 
@@ -281,12 +316,29 @@ def _evaluate(options: argparse.Namespace) -> None:
   Console().print(results_table(columns))
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+  # Orbax warns of its own options; it and asyncio log errors that also reach us.
+  if record.name == "asyncio" or record.exc_info:
+    return False
+  return record.name != "absl" or record.levelno >= logging.ERROR
+
+
+def _quieten_libraries() -> None:
+  """Keeps stderr to what the user can act on."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  handler = logging.StreamHandler()
+  handler.setLevel(logging.WARNING)  # bm25s logs at DEBUG, whatever the root's level
+  handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+  handler.addFilter(_is_news)
+  logging.basicConfig(level=logging.WARNING, handlers=[handler])
+  # Likewise what an asynchronous write leaves behind when it fails.
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs one command; exits with 1 and one message on bad input."""
   command_line = list(sys.argv[1:] if arguments is None else arguments)
-  # Heard before the libraries say it on their own, several lines each.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+  _quieten_libraries()
   try:
     kept, bindings = _split_gin_overrides(command_line)
     options = _parser().parse_args(kept)
@@ -305,3 +357,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
   except EmbgemmaError as error:
     print(f"embgemma: error: {error}", file=sys.stderr)
     raise SystemExit(1) from None
+  except KeyboardInterrupt:
+    print("embgemma: interrupted", file=sys.stderr)
+    raise SystemExit(128 + signal.SIGINT) from None

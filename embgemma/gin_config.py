@@ -9,7 +9,9 @@ import inspect
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gin
@@ -22,6 +24,7 @@ _SEARCH_PATHS = ("", str(_PACKAGE.parent), str(_PACKAGE))
 _MACRO = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 
 
+@functools.cache
 def register() -> None:
   """Makes the configurable names known to gin, once."""
   from embgemma import checkpoints
@@ -41,14 +44,58 @@ def register() -> None:
     (loop, ("Intervals",)),
   ):
     for name in names:
-      gin.external_configurable(getattr(module, name), name, module="embgemma")
+      constructor = _type_checked(name, getattr(module, name))
+      gin.external_configurable(constructor, name, module="embgemma")
 
   # Commands other than `train` read its arguments too: gin resolves, they call.
   @functools.wraps(loop.train)
   def train(**arguments):
     return arguments
 
-  gin.external_configurable(train, "train", module="embgemma")
+  gin.external_configurable(_type_checked("train", train), "train", module="embgemma")
+
+
+def _type_checked(name: str, constructor: Callable[..., Any]) -> Callable[..., Any]:
+  """The constructor, refusing arguments that are not of their annotated types.
+
+  A value in a gin file may be anything; deep in a run the error would name no binding.
+  """
+  hints = typing.get_type_hints(constructor)
+
+  @functools.wraps(constructor, updated=())
+  def checked(*args, **arguments):
+    for parameter, value in arguments.items():
+      if not _is_of(value, hints.get(parameter, Any)):
+        wanted = hints[parameter]
+        shown = wanted.__name__ if isinstance(wanted, type) else str(wanted)
+        shown = re.sub(r"[a-z_]+\.", "", shown)  # modules
+        raise ConfigError(f"{name}.{parameter} must be {shown}, got {value!r}")
+    return constructor(*args, **arguments)
+
+  # Where gin looks for defaults, which it writes into the operative configuration.
+  checked.__signature__ = inspect.signature(constructor)
+  return checked
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+  """Whether a value fits an annotation; an int is a float, a list a tuple."""
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    return any(_is_of(value, argument) for argument in arguments)
+  if hint is Any:
+    return True
+  if isinstance(value, bool):
+    return hint is bool
+  if hint is float:
+    return isinstance(value, int | float)
+  if origin is tuple or origin is Sequence:
+    every = arguments[0] if origin is Sequence or Ellipsis in arguments else Any
+    return isinstance(value, list | tuple) and all(_is_of(v, every) for v in value)
+  if origin is Mapping:
+    return isinstance(value, Mapping) and all(
+      _is_of(v, arguments[1]) for v in value.values()
+    )
+  return not isinstance(hint, type) or isinstance(value, hint)
 
 
 def _quoted(binding: str) -> str:

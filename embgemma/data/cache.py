@@ -25,11 +25,19 @@ import numpy as np
 from array_record.python import array_record_module
 
 from embgemma.data import prompts
-from embgemma.data.tasks import CACHE_FORMAT, DataConfig, digest
+from embgemma.data.tasks import CACHE_FORMAT, FEATURES, DataConfig, digest
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import DataError
 
 _SHARD_EXAMPLES = 1 << 18
+_STATISTICS = (
+  "examples",
+  "tokens",
+  "max_text_tokens",
+  "max_token_id",
+  "max_negatives",
+  "truncated",
+)
 _TOKENIZE_BATCH = 2048
 
 
@@ -120,17 +128,17 @@ def _read_index(directory: pathlib.Path) -> dict[str, Any] | None:
   Raises:
     DataError: the cache is there but damaged.
   """
-  path = directory / "index.json"
-  if not path.is_file():
+  if not directory.is_dir():
     return None
   try:
-    index = json.loads(path.read_text())
-    sizes = {name: (directory / name).stat().st_size for name in index["shards"]}
-  except (json.JSONDecodeError, KeyError, OSError) as error:
+    index = json.loads((directory / "index.json").read_text())
+    shards, _ = index["shards"], index["statistics"]
+    sizes = {name: (directory / name).stat().st_size for name in shards}
+  except (ValueError, KeyError, TypeError, OSError) as error:
     raise DataError(
       f"{directory}: damaged cache ({error}); delete the directory to rebuild it"
     ) from error
-  for name, size in index["shards"].items():
+  for name, size in shards.items():
     if sizes[name] != size:
       raise DataError(
         f"{directory / name}: {sizes[name]} bytes where the index says {size}; "
@@ -148,14 +156,18 @@ def manifest(config: DataConfig) -> Manifest | None:
   path = config.manifest_path()
   if not path.is_file():
     return None
-  entry = json.loads(path.read_text())
+  try:
+    entries = json.loads(path.read_text())["tasks"]
+    listed = [(task["name"], task["rate"], task["directory"]) for task in entries]
+  except (ValueError, KeyError, TypeError, OSError) as error:
+    raise DataError(f"{path}: damaged ({error}); delete it to rebuild it") from error
   tasks = []
-  for task in entry["tasks"]:
-    directory = pathlib.Path(config.cache_dir, task["directory"])
+  for name, rate, relative in listed:
+    directory = config.cache_root / relative
     index = _read_index(directory)
     if index is None:
       return None
-    tasks.append(CachedTask(task["name"], task["rate"], directory, index["statistics"]))
+    tasks.append(CachedTask(name, rate, directory, index["statistics"]))
   return Manifest(tuple(tasks), config.vocabulary_path())
 
 
@@ -183,8 +195,9 @@ def _formatted(
   name = kind or example.get("task") or "search"
   if name not in prompts.TASK_PROMPTS:
     raise DataError(
-      f"unknown task kind {name!r} in a record; there are "
-      f"{sorted(prompts.TASK_PROMPTS)}, or set the task's kind in gin"
+      f"unknown task kind {name!r} in the record whose query begins "
+      f"{example['query'][:60]!r}; there are {sorted(prompts.TASK_PROMPTS)}, or set "
+      "the task's kind in gin"
     )
   templates = prompts.TASK_PROMPTS[name]
   title = example.get("title") or None
@@ -231,45 +244,37 @@ def _write_task(
   directory: pathlib.Path, examples: Iterable[Example], config: DataConfig
 ) -> dict[str, Any]:
   """Writes shards; returns the statistics."""
-  limits = [config.lengths[f] for f in ("query", "positive", "negatives")]
-  statistics = dict.fromkeys(
-    (
-      "examples",
-      "tokens",
-      "max_text_tokens",
-      "max_token_id",
-      "max_negatives",
-      "truncated",
-    ),
-    0,
-  )
-  writer = None
-  try:
-    for example in examples:
-      if statistics["examples"] % _SHARD_EXAMPLES == 0:
-        if writer is not None:
-          writer.close()
-        shard = statistics["examples"] // _SHARD_EXAMPLES
-        # group_size 1: every example can be read alone.
-        writer = array_record_module.ArrayRecordWriter(
-          str(directory / f"examples-{shard:05d}.array_record"), "group_size:1"
-        )
-      writer.write(encode_example(example))
-      lengths = [len(t) for t in example.tokens]
-      statistics["examples"] += 1
-      statistics["tokens"] += sum(lengths)
-      statistics["max_text_tokens"] = max(statistics["max_text_tokens"], *lengths)
-      statistics["max_negatives"] = max(statistics["max_negatives"], len(lengths) - 2)
-      statistics["max_token_id"] = max(
-        statistics["max_token_id"], *(int(t.max()) for t in example.tokens)
-      )
-      statistics["truncated"] += sum(
-        length == limits[min(role, 2)] for role, length in enumerate(lengths)
-      )
-  finally:
-    if writer is not None:
-      writer.close()
+  limits = [config.lengths[feature] for feature in FEATURES]
+  statistics = dict.fromkeys(_STATISTICS, 0)
+  examples = iter(examples)
+  shard = 0
+  while (first := next(examples, None)) is not None:
+    part = itertools.islice(examples, _SHARD_EXAMPLES - 1)
+    path = str(directory / f"examples-{shard:05d}.array_record")
+    # group_size 1: every example can be read alone.
+    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
+    with contextlib.closing(writer):
+      for example in itertools.chain([first], part):
+        writer.write(encode_example(example))
+        _count(statistics, example, limits)
+    shard += 1
   return statistics
+
+
+def _count(statistics: dict[str, int], example: Example, limits: list[int]) -> None:
+  lengths = [len(tokens) for tokens in example.tokens]
+  statistics["examples"] += 1
+  statistics["tokens"] += sum(lengths)
+  # A text of exactly its limit counts as cut: no text is encoded twice to know.
+  statistics["truncated"] += sum(
+    length == limits[min(role, 2)] for role, length in enumerate(lengths)
+  )
+  for name, value in (
+    ("max_text_tokens", max(lengths)),
+    ("max_negatives", len(lengths) - 2),
+    ("max_token_id", max(int(tokens.max()) for tokens in example.tokens)),
+  ):
+    statistics[name] = max(statistics[name], value)
 
 
 def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
@@ -284,6 +289,7 @@ def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
       finished tasks stay; nothing unfinished is left.
     ConfigError: a mixture, module or prompt that does not exist.
   """
+  config.manifest_path()  # Refuses files and modules that are not there, at once.
   # Tens of seconds and a gigabyte: paid here, in the process that caches.
   from embgemma.data import seqio_registry
 
@@ -305,7 +311,7 @@ def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
       ]
     )
     relative = pathlib.Path("tasks", f"{task.name}-{key}")
-    directory = pathlib.Path(config.cache_dir, relative)
+    directory = config.cache_root / relative
     if _read_index(directory) is None:
       with _finished_directory(directory) as work:
         examples = seqio_registry.examples(task, "train")
@@ -360,6 +366,7 @@ def _ensure_vocabulary(
       for example in seqio_registry.examples(task, "train"):
         yield from _formatted(example, kinds.get(task.name))[0]
 
+  assert config.vocabulary_size is not None  # or the file would be there
   log(f"training a vocabulary of {config.vocabulary_size:,} pieces")
   path.parent.mkdir(parents=True, exist_ok=True)
   train_vocabulary(texts(), config.vocabulary_size, path)

@@ -6,12 +6,14 @@ epoch. Grain reads ahead in threads or worker processes; neither their number no
 that of data shards changes which examples a step sees or their order.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
+from absl import flags
 
 from embgemma.data import packing
 from embgemma.data.cache import CachedTask, Example, decode_example
@@ -22,7 +24,7 @@ _BLOCK = 4096  # steps drawn from one counter of the generator
 _MAX_STEPS = 2**40
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _drawn(rates: tuple[float, ...], seed: int, block: int) -> np.ndarray:
   """Task indices of the steps of one block."""
   generator = np.random.Generator(np.random.Philox(key=seed, counter=block << 64))
@@ -30,7 +32,7 @@ def _drawn(rates: tuple[float, ...], seed: int, block: int) -> np.ndarray:
   return np.searchsorted(edges, generator.random(_BLOCK) * edges[-1], side="right")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _drawn_before(rates: tuple[float, ...], seed: int, block: int) -> np.ndarray:
   """Steps of each task in all earlier blocks."""
   counts = np.zeros(len(rates), np.int64)
@@ -71,6 +73,14 @@ class StepBatch:
   real_tokens: int
 
 
+@contextlib.contextmanager
+def _damage(task: CachedTask) -> Iterator[None]:
+  try:
+    yield
+  except (DataError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksums
+    raise DataError(f"{task.directory}: {error}; delete it to rebuild it") from error
+
+
 class StepSource:
   """The batch of any step.
 
@@ -83,7 +93,7 @@ class StepSource:
 
   Raises:
     ConfigError: batch_size is larger than a task, or not divided by num_shards.
-    DataError: a cache holds token ids outside the table.
+    DataError: a cache holds token ids outside the table, or cannot be read.
   """
 
   def __init__(
@@ -116,17 +126,19 @@ class StepSource:
     self._seed = seed
     self._num_shards = num_shards
     self._rates = tuple(float(task.rate) for task in tasks)
-    self._sources = [grain.sources.ArrayRecordDataSource(t.paths) for t in tasks]
+    self._sources = []
+    for task in tasks:
+      with _damage(task):
+        self._sources.append(grain.sources.ArrayRecordDataSource(task.paths))
 
   def batch(self, step: int) -> StepBatch:
     """The batch of a step, from 0."""
     index, earlier = scheduled_task(self._rates, self._seed, step)
     task = self._tasks[index]
-    records = self._sources[index].__getitems__(self._example_indices(index, earlier))
-    try:
+    indices = self._example_indices(index, earlier)
+    with _damage(task):
+      records = self._sources[index].__getitems__(indices)
       examples = [decode_example(record) for record in records]
-    except DataError as error:
-      raise DataError(f"{task.directory}: {error}; delete it to rebuild it") from error
     pairs = self._pack(examples, task.statistics["max_negatives"])
     return StepBatch(step, task.name, pairs, int(pairs.texts.lengths.sum()))
 
@@ -181,6 +193,9 @@ def read_batches(
     )
   )
   if num_workers:
+    # Grain's workers read absl flags, which nobody here parses.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
     iterator = iterator.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=num_workers)
     )

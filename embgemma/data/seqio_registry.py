@@ -58,6 +58,8 @@ class PairDataSource(seqio.DataSource):
     return [split]
 
   def _examples(self, split: str) -> Iterator[dict[str, Any]]:
+    # A source is read once for its vocabulary and once for its cache.
+    self.skipped, self.error = sources.SkipLog(), None
     try:
       yield from self._source.examples(split, self._policy, self.skipped)
     except DataError as error:
@@ -91,7 +93,16 @@ class PairDataSource(seqio.DataSource):
     )
 
 
-def _rename(dataset: tf.data.Dataset, fields: Mapping[str, str]) -> tf.data.Dataset:
+def _rename(
+  dataset: tf.data.Dataset, task_name: str, fields: Mapping[str, str]
+) -> tf.data.Dataset:
+  unknown = sorted(set(fields.values()) - set(dataset.element_spec))
+  if unknown:
+    raise DataError(
+      f"task {task_name!r}: the records have no {unknown}, they have "
+      f"{sorted(dataset.element_spec)}; check the source's fields"
+    )
+
   def select(example):
     return {ours: example[theirs] for ours, theirs in fields.items()}
 
@@ -141,7 +152,10 @@ def register(config: DataConfig) -> list[tuple[seqio.Task, float]]:
   for task in config.tasks:
     preprocessors = []
     if isinstance(task.source, sources.TfdsSource | sources.TfrecordSource):
-      preprocessors = [functools.partial(_rename, fields=task.source.fields), _densify]
+      rename = functools.partial(
+        _rename, task_name=task.name, fields=task.source.fields
+      )
+      preprocessors = [rename, _densify]
     seqio.TaskRegistry.remove(task.name)
     seqio.TaskRegistry.add(
       task.name,
@@ -151,14 +165,15 @@ def register(config: DataConfig) -> list[tuple[seqio.Task, float]]:
     )
   name = config.mixture_or_task_name
   known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
-  if name not in known:
-    if not config.tasks:
-      raise ConfigError(
-        f"MIXTURE_OR_TASK_NAME {name!r} is not registered by {config.modules}; "
-        f"seqio knows {sorted(known)}"
-      )
-    seqio.MixtureRegistry.add(name, [(task.name, task.rate) for task in config.tasks])
-  chosen = seqio.get_mixture_or_task(name)
+  if name in known:
+    chosen = seqio.get_mixture_or_task(name)
+  elif config.tasks:
+    chosen = seqio.Mixture(name, [(task.name, task.rate) for task in config.tasks])
+  else:
+    raise ConfigError(
+      f"MIXTURE_OR_TASK_NAME {name!r} is not registered by {config.modules}; "
+      f"seqio knows {sorted(known)}"
+    )
   if isinstance(chosen, seqio.Task):
     rated = [(chosen, 1.0)]
   else:
@@ -177,25 +192,33 @@ def examples(task: seqio.Task, split: str) -> Iterator[dict[str, Any]]:
   """Examples of a seqio task as Python strings, in source order.
 
   Raises:
-    DataError: the source found a bad record, or TensorFlow could not read it.
+    DataError: a bad record, or one that seqio, TFDS or TensorFlow could not read.
+      `on_bad_record` is for built-in and JSONL sources; other tasks filter in their
+      preprocessors.
   """
-  dataset = task.get_dataset(
-    sequence_length=None, split=split, shuffle=False, num_epochs=1
-  )
   try:
-    for example in dataset.as_numpy_iterator():
-      yield {
+    dataset = task.get_dataset(
+      sequence_length=None, split=split, shuffle=False, num_epochs=1
+    )
+    for index, example in enumerate(dataset.as_numpy_iterator()):
+      texts = {
         key: [text.decode("utf-8") for text in value]
         if key == "negatives"
         else value.decode("utf-8")
         for key, value in example.items()
         if key in OUTPUT_FEATURES
       }
-  except (tf.errors.OpError, UnicodeDecodeError) as error:
+      if isinstance(task.source, PairDataSource):
+        yield texts  # checked where its file and line were known
+      else:
+        yield sources.pair_example(texts, f"task {task.name!r}, example {index}")
+  except (tf.errors.OpError, ValueError) as error:
     kept = getattr(task.source, "error", None)
     if kept is not None:
       raise kept from None
-    raise DataError(f"task {task.name!r}, split {split!r}: {error}") from error
+    # What follows the first line is a graph, or a list of a thousand datasets.
+    reason = str(error).partition("\n")[0]
+    raise DataError(f"task {task.name!r}, split {split!r}: {reason}") from error
 
 
 def skipped(task: seqio.Task) -> sources.SkipLog:

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
         yield number, line.rstrip(b"\r\n")
   except FileNotFoundError as error:
     raise DataError(f"{path}: no such file") from error
-  except (OSError, EOFError) as error:
+  except (OSError, EOFError, zlib.error) as error:
     raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from error
 
 
@@ -81,7 +82,7 @@ def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes) -> d
     raise DataError(f"{where}: empty line; each line must hold one JSON object")
   try:
     value = json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:  # ValueError: thousands of digits
     raise DataError(f"{where}: malformed JSON: {error}") from error
   if not isinstance(value, dict):
     raise DataError(

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embgemma.data import builtin_corpus, prompts, sources
@@ -25,7 +25,7 @@ class Task:
   """One data set of pairs.
 
   Attributes:
-    name: Unique in the run; letters, digits, "_", "-" and ".".
+    name: Unique in the run; letters, digits, "_" and ".", as seqio has it.
     source: Where its examples come from.
     kind: Which prompts both sides get, a key of `prompts.TASK_PROMPTS`; None is
       each record's own "task" if it has one, else "search".
@@ -38,9 +38,9 @@ class Task:
   rate: float = 1.0
 
   def __post_init__(self):
-    if not self.name or not all(c.isalnum() or c in "_-." for c in self.name):
+    if not self.name or not all(c.isalnum() or c in "_." for c in self.name):
       raise ConfigError(
-        f"task name {self.name!r}: use letters, digits, '_', '-' and '.' only"
+        f"task name {self.name!r}: use letters, digits, '_' and '.' only"
       )
     if self.kind is not None and self.kind not in prompts.TASK_PROMPTS:
       raise ConfigError(
@@ -78,6 +78,7 @@ def jsonl_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...
   """
   tasks = []
   for name, entry in files.items():
+    options: dict[str, Any]
     options = {"path": entry} if isinstance(entry, str) else dict(entry)
     unknown = set(options) - _JSONL_KEYS
     if unknown or "path" not in options:
@@ -119,8 +120,8 @@ class DataConfig:
 
   mixture_or_task_name: str
   lengths: Mapping[str, int]
-  tasks: tuple[Task, ...] = ()
-  modules: tuple[str, ...] = ()
+  tasks: Sequence[Task] = ()
+  modules: Sequence[str] = ()
   vocabulary: str | None = None
   vocabulary_size: int | None = None
   max_negatives: int = 1
@@ -130,7 +131,6 @@ class DataConfig:
   def __post_init__(self):
     object.__setattr__(self, "tasks", tuple(self.tasks))
     object.__setattr__(self, "modules", tuple(self.modules))
-    object.__setattr__(self, "cache_dir", self.cache_dir or default_cache_dir())
     names = [task.name for task in self.tasks]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
@@ -164,13 +164,17 @@ class DataConfig:
       )
 
   @property
+  def cache_root(self) -> pathlib.Path:
+    return pathlib.Path(self.cache_dir or default_cache_dir())
+
+  @property
   def max_length(self) -> int:
     return max(self.lengths.values())
 
   def selected(self) -> tuple[Task, ...]:
     """The declared tasks that the run reads: the named one, or all."""
     named = tuple(t for t in self.tasks if t.name == self.mixture_or_task_name)
-    return named or self.tasks
+    return named or tuple(self.tasks)
 
   def corpus_fingerprint(self) -> list[Any]:
     """Identifies the texts, prompts included, before tokenisation."""
@@ -193,7 +197,7 @@ class DataConfig:
         raise DataError(f"{path}: no such SentencePiece model; check VOCABULARY")
       return path
     key = digest(["vocabulary", self.vocabulary_size, self.corpus_fingerprint()])
-    return pathlib.Path(self.cache_dir, "vocabularies", key, "tokenizer.model")
+    return self.cache_root / "vocabularies" / key / "tokenizer.model"
 
   def manifest_path(self) -> pathlib.Path:
     """The file that names the caches of this configuration, once they are complete."""
@@ -210,7 +214,7 @@ class DataConfig:
       ]
     )
     name = f"{self.mixture_or_task_name}-{key}.json"
-    return pathlib.Path(self.cache_dir, "mixtures", name)
+    return self.cache_root / "mixtures" / name
 
 
 def digest(value: Any) -> str:

@@ -218,7 +218,7 @@ def train_vocabulary(
   output: str | os.PathLike[str],
   *,
   sentinels: int = 128,
-  max_texts: int = 1_000_000,
+  max_bytes: int = 24_000_000,
 ) -> SentencePieceVocabulary:
   """Trains a BPE vocabulary of exactly `size` pieces and writes it to `output`.
 
@@ -228,8 +228,9 @@ def train_vocabulary(
   `<start_of_image>`, `<end_of_image>` and `sentinels` pieces `<unused99>`, … for
   UL2. All specials are CONTROL. As in Gemma there is no dummy prefix and no
   normalisation, spaces are kept, digits are split and unknown characters fall back
-  to bytes. The same texts, in any order, give the same bytes. At most `max_texts`
-  texts, those with the smallest hashes, are used and held in memory.
+  to bytes. The same texts, in any order, give the same bytes. Of a larger corpus the
+  `max_bytes` of text with the smallest hashes are used: pieces that matter are
+  frequent, and training time grows faster than the text.
 
   Raises:
     ConfigError: `size` has no room for the specials and the corpus's alphabet.
@@ -237,7 +238,7 @@ def train_vocabulary(
   """
   top = ["<start_of_image>", "<end_of_image>"]
   top += [f"<unused{_LOW_UNUSED + i}>" for i in range(sentinels)]
-  model = _train_bpe(list(_sample(texts, max_texts)), size, len(top))
+  model = _train_bpe(list(_sample(texts, max_bytes)), size, len(top))
   if (found := len(model.pieces) + len(top)) < size:
     raise DataError(
       f"the corpus is too small for a vocabulary of {size} pieces: the largest size"
@@ -289,10 +290,17 @@ def _train_bpe(lines: Sequence[str], size: int, top: int) -> ModelProto:
   return ModelProto.FromString(writer.getvalue())
 
 
-def _sample(texts: Iterable[str], count: int) -> Iterator[str]:
-  """Yields lines of the `count` texts of smallest hash, in the order of the hashes."""
-  clean = (text.encode("utf-8", "replace") for text in texts)
-  keyed = ((hashlib.blake2b(text, digest_size=8).digest(), text) for text in clean)
-  for _, text in heapq.nsmallest(count, keyed):
+def _sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+  """Yields lines of the texts of smallest hash, in their order, up to `max_bytes`."""
+  kept: list[tuple[int, bytes]] = []  # a heap with the largest hash on top
+  total = 0
+  for text in texts:
+    encoded = text.encode("utf-8", "replace")
+    digest = hashlib.blake2b(encoded, digest_size=8).digest()
+    heapq.heappush(kept, (-int.from_bytes(digest, "big"), encoded))
+    total += len(encoded)
+    while total > max_bytes and len(kept) > 1:
+      total -= len(heapq.heappop(kept)[1])
+  for _, encoded in sorted(kept, reverse=True):
     # Split where SentencePiece's trainer would skip the whole text.
-    yield from filter(str.strip, re.split("[\n\r\t\0▅]", text.decode()))
+    yield from filter(str.strip, re.split("[\n\r\t\0▅]", encoded.decode()))

@@ -500,7 +500,7 @@ class RetrievalEvaluator:
     _, indices = search(
       prefix(queries, width), prefix(documents, width), depth + 1, self.block_size
     )
-    rankings = {
+    rankings: Rankings = {
       query: [data.ids[i] for i in row]
       for query, row in zip(data.queries, indices, strict=True)
     }

@@ -37,8 +37,11 @@ def read_sts(path: str | pathlib.Path) -> ScoredPairs:
   for number, record in read_jsonl(path):
     where = f"{path}:{number}"
     score = record.get("score", record.get("label"))
-    number_like = isinstance(score, int | float) and not isinstance(score, bool)
-    if not number_like or not math.isfinite(score):
+    if (
+      not isinstance(score, int | float)
+      or isinstance(score, bool)
+      or not math.isfinite(score)
+    ):
       raise DataError(
         f'{where}: "score" (or "label") must be a finite number, got {score!r}'
       )
@@ -100,7 +103,7 @@ class StsEvaluator:
     vectors = retrieval.encode_checked(encode, texts, self.name, self.widths)
     first, second = np.array([row[text] for text in sentences]).reshape(2, -1)
     gold = np.array(self.pairs.scores)
-    values = {}
+    values: dict[str, float] = {}
     for width in self.widths:
       cut = retrieval.prefix(vectors, width)
       values |= self._metric(np.sum(cut[first] * cut[second], axis=1), gold, width)

@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,10 +21,12 @@ MAIN_METRICS = ("ndcg@10", "spearman", "average_precision")
 TaskResults = dict[str, dict[str, float]]
 
 
+@runtime_checkable
 class Evaluator(Protocol):
   """A named evaluation of an encode function."""
 
-  name: str
+  @property
+  def name(self) -> str: ...
 
   def check(self) -> None: ...
 
@@ -60,13 +62,14 @@ def evaluators(
   """
   made: list[Evaluator] = []
   for name, entry in entries.items():
+    options: dict[str, Any]
     options = {"path": entry} if isinstance(entry, str) else dict(entry)
     if "path" not in options or set(options) - {"path", "kind"}:
       raise ConfigError(
         f"evaluation {name!r}: needs 'path' and takes 'kind', got {sorted(options)}"
       )
     path = options["path"]
-    builtin = path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else None
+    builtin = path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else ""
     default = builtin_corpus.TASKS.get(builtin, "search")
     kind = options.get("kind", default)
     if kind == "sts":
@@ -74,7 +77,7 @@ def evaluators(
     elif kind == "pair_classification":
       made.append(PairClassificationEvaluator(name, path, widths=widths))
     elif kind in TASK_PROMPTS:
-      data = path if builtin is None else builtin_retrieval(builtin)
+      data = builtin_retrieval(builtin) if builtin else path
       made.append(RetrievalEvaluator(name, data, TASK_PROMPTS[kind], widths))
     else:
       raise ConfigError(

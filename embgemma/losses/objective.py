@@ -233,8 +233,11 @@ class EmbeddingMatching:
     for width in self._widths(batch.query.shape[-1]):
       kernel = self._kernel(params, width)
       losses[width] = sum(
-        self._match(truncate(student, width), teacher, mask, kernel)
-        for student, teacher, mask in roles
+        (
+          self._match(truncate(student, width), teacher, mask, kernel)
+          for student, teacher, mask in roles
+        ),
+        start=jnp.zeros(()),
       )
     return TermValue(losses, diagnostics={})
 
@@ -366,7 +369,8 @@ class Objective:
     """
     self.check(batch.query.shape[-1])
     loss = jnp.zeros((), jnp.float32)
-    metrics, widest = {}, 0
+    metrics: Metrics = {}
+    widest = 0
     for term in self.terms:
       value = term(batch, params.get(term.name, {}))
       loss += term.weight * sum(value.losses.values())

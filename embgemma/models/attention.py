@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from embgemma.models.config import TransformerConfig
-from embgemma.typing import Array, Bool, Float, Int
+from embgemma.typing import Array, ArrayLike, Bool, Float, Int
 
 
 def attention_mask(
-  config: TransformerConfig, kind: str, text_ids: Int[Array, "R L"]
+  config: TransformerConfig, kind: str, text_ids: Int[ArrayLike, "R L"]
 ) -> Bool[Array, "R 1 L L"]:
   """True where query i may attend to key j.
 
@@ -31,14 +31,16 @@ def attention_mask(
     allowed &= distance >= 0
   if kind == "local":
     left, right = config.window
-    # At short row lengths the window covers everything: no mask to compute.
-    if max(left, right) < length - 1:
-      allowed &= (distance <= left) & (-distance <= right)
+    # A side that covers the whole row needs no mask.
+    if left < length - 1:
+      allowed &= distance <= left
+    if right < length - 1 and config.mask != "causal":
+      allowed &= -distance <= right
   return allowed
 
 
 def rotary_angles(
-  positions: Int[Array, "R L"], head_dim: int, base: float
+  positions: Int[ArrayLike, "R L"], head_dim: int, base: float
 ) -> tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]]:
   """Cosine and sine of RoPE in float32, whatever the compute dtype."""
   exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim

@@ -1,6 +1,7 @@
-"""Model configurations: plain frozen dataclasses that gin builds and checkpoints keep."""
+"""Model configurations: frozen dataclasses that gin builds and checkpoints keep."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from embgemma.errors import ConfigError
@@ -33,7 +34,7 @@ class TransformerConfig:
     num_heads: Query heads, H.
     num_kv_heads: Key/value heads, K; divides H.
     head_dim: Width of a head; even, because RoPE rotates halves.
-    attention_pattern: Kinds of the layers of one repeating group.
+    attention_pattern: Kinds of the layers of one repeating group; kept as a tuple.
     mask: "bidirectional" or "causal".
     window: (left, right) keys that a query of a local layer sees besides itself,
       both inclusive. EmbeddingGemma: (256, 256); causal Gemma 3 with
@@ -42,6 +43,10 @@ class TransformerConfig:
     rope_base_global: RoPE base of global layers.
     query_scalar: Queries are scaled by query_scalar ** -0.5; None is head_dim.
     norm_epsilon: Added to the mean square inside RMSNorm.
+    initial_branch_gain: Gain (1 + scale) that the norms after attention and
+      feed-forward start with. Gemma's is 1; below it a stack trained from scratch
+      starts close to the sum of its token embeddings and learns sooner
+      (docs/performance.md), as with LayerScale (arXiv 2103.17239).
     max_length: Longest text in tokens, BOS and EOS included.
     dtype: Compute dtype, "float32" or "bfloat16". Parameters are float32.
     remat: What the backward pass recomputes: "none", "full" (keep only the
@@ -55,13 +60,14 @@ class TransformerConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  attention_pattern: tuple[str, ...] = GEMMA3_PATTERN
+  attention_pattern: Sequence[str] = GEMMA3_PATTERN
   mask: str = "bidirectional"
-  window: tuple[int, int] = (256, 256)
+  window: Sequence[int] = (256, 256)
   rope_base_local: float = 10_000.0
   rope_base_global: float = 1_000_000.0
   query_scalar: float | None = None
   norm_epsilon: float = 1e-6
+  initial_branch_gain: float = 1.0
   max_length: int = 2048
   dtype: str = "float32"
   remat: str = "none"
@@ -69,7 +75,8 @@ class TransformerConfig:
   def __post_init__(self):
     # gin and JSON give lists; a configuration must be hashable.
     object.__setattr__(self, "attention_pattern", tuple(self.attention_pattern))
-    object.__setattr__(self, "window", tuple(self.window))
+    window = tuple(self.window) if isinstance(self.window, Sequence) else self.window
+    object.__setattr__(self, "window", window)
     name = "TransformerConfig"
     for field in (
       "vocab_size",
@@ -106,7 +113,8 @@ class TransformerConfig:
       f"{name}.mask must be one of {MASK_KINDS}, got {self.mask!r}",
     )
     _require(
-      len(self.window) == 2
+      isinstance(self.window, tuple)
+      and len(self.window) == 2
       and all(isinstance(side, int) and side >= 0 for side in self.window),
       f"{name}.window must be two non-negative integers (left, right), "
       f"got {self.window}",
@@ -150,7 +158,7 @@ class EmbedderConfig:
   pooler_heads: int = 4
   hidden_width: int = 3072
   embedding_width: int = 768
-  matryoshka_widths: tuple[int, ...] = (768, 512, 256, 128)
+  matryoshka_widths: Sequence[int] = (768, 512, 256, 128)
 
   def __post_init__(self):
     object.__setattr__(self, "matryoshka_widths", tuple(self.matryoshka_widths))
@@ -164,7 +172,8 @@ class EmbedderConfig:
       f"EmbedderConfig.pooler must be one of {POOLERS}, got {self.pooler!r}",
     )
     _require(
-      self.pooler != "attention" or self.transformer.width % self.pooler_heads == 0,
+      self.pooler != "attention"
+      or (self.pooler_heads > 0 and self.transformer.width % self.pooler_heads == 0),
       f"EmbedderConfig.pooler_heads ({self.pooler_heads}) must divide the encoder's "
       f"width ({self.transformer.width})",
     )

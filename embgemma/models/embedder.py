@@ -1,5 +1,7 @@
 """The embedding function: packed texts to unit vectors."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,8 @@ class Embedder(nn.Module):
 
   def embed(self, params: Params, packed: PackedTexts) -> Float[Array, "N E"]:
     """`__call__` with explicit parameters: what training and inference both call."""
-    return self.apply({"params": params}, packed)
+    vectors: Any = self.apply({"params": params}, packed)
+    return vectors
 
 
 def abstract_packed_texts() -> PackedTexts:

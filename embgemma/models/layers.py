@@ -1,7 +1,7 @@
 """Gemma 3 building blocks: norm, linear map, feed-forward, attention, block."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -30,12 +30,15 @@ class RMSNorm(nn.Module):
 
   epsilon: float
   axis_name: str = "embed"
+  initial_gain: float = 1.0
 
   @nn.compact
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    scale = self.param(
+    scale: Any = self.param(
       "scale",
-      nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis_name,)),
+      nn.with_logical_partitioning(
+        nn.initializers.constant(self.initial_gain - 1.0), (self.axis_name,)
+      ),
       (x.shape[-1],),
       jnp.float32,
     )
@@ -114,13 +117,14 @@ class Block(nn.Module):
   ) -> Float[Array, "R L D"]:
     cfg = self.config
 
-    def norm(name: str) -> RMSNorm:
-      return RMSNorm(cfg.norm_epsilon, name=name)
+    def norm(name: str, initial_gain: float = 1.0) -> RMSNorm:
+      return RMSNorm(cfg.norm_epsilon, initial_gain=initial_gain, name=name)
 
+    gain = cfg.initial_branch_gain
     y = Attention(cfg, name="attention")(norm("pre_attention_norm")(x), inputs)
-    x = x + norm("post_attention_norm")(y)
+    x = x + norm("post_attention_norm", gain)(y)
     y = FeedForward(cfg, name="mlp")(norm("pre_mlp_norm")(x))
-    return x + norm("post_mlp_norm")(y)
+    return x + norm("post_mlp_norm", gain)(y)
 
 
 class LayerGroup(nn.Module):

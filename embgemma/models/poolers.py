@@ -4,17 +4,19 @@ A data shard's texts lie in its own rows, so that every pooler works shard by sh
 and nothing crosses the mesh.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from embgemma.models.layers import linear
-from embgemma.typing import Array, Float, Int, PackedTexts
+from embgemma.typing import Array, ArrayLike, Float, Int, PackedTexts
 
 
-def _by_shard(values: Array, packed: PackedTexts) -> Array:
+def _by_shard(values: ArrayLike, packed: PackedTexts) -> Array:
   """[R, L, ...] to [S, R / S * L, ...]."""
-  return values.reshape(packed.num_shards, -1, *values.shape[2:])
+  return jnp.reshape(values, (packed.num_shards, -1, *values.shape[2:]))
 
 
 def _sum_by_text(values: Array, text_ids: Int[Array, "S T"], num_texts: int) -> Array:
@@ -25,6 +27,20 @@ def _sum_by_text(values: Array, text_ids: Int[Array, "S T"], num_texts: int) -> 
     return jax.ops.segment_sum(shard_values, shard_ids, num_segments=num_texts)
 
   return jax.vmap(shard_sum)(values, text_ids)
+
+
+def _max_by_text(values: Array, text_ids: Int[Array, "S T"], num_texts: int) -> Array:
+  """For each token the maximum of [S, T, ...] over its text, without gradient.
+
+  A maximum of the whole shard would let texts with far lower values underflow.
+  """
+
+  def shard_max(shard_values, shard_ids):
+    # Padding is a text of its own here: its values stay finite too.
+    top = jax.ops.segment_max(shard_values, shard_ids, num_segments=num_texts + 1)
+    return top[shard_ids]
+
+  return jax.lax.stop_gradient(jax.vmap(shard_max)(values, text_ids))
 
 
 def mean_pool(
@@ -72,7 +88,7 @@ class AttentionPooler(nn.Module):
   ) -> Float[Array, "N D"]:
     width = hidden.shape[-1]
     per_shard = packed.lengths.shape[0] // packed.num_shards
-    query = self.param(
+    query: Any = self.param(
       "query",
       nn.with_logical_partitioning(nn.initializers.normal(1.0), ("embed",)),
       (width,),
@@ -88,9 +104,7 @@ class AttentionPooler(nn.Module):
     key, value = heads("key"), heads("value")
     logits = jnp.einsum("sthd,hd->sth", key, query.reshape(self.num_heads, -1))
     logits = logits * width**-0.5
-    # One maximum a shard is enough against overflow: scores of unit-scale states
-    # differ by far less than float32's exponent range.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(1, keepdims=True)))
+    weights = jnp.exp(logits - _max_by_text(logits, text_ids, per_shard))
     weighted = _sum_by_text(value * weights[..., None], text_ids, per_shard)
     total = _sum_by_text(weights, text_ids, per_shard)
     pooled = weighted / jnp.maximum(total, 1e-30)[..., None]

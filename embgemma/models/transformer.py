@@ -1,5 +1,7 @@
 """The Gemma 3 text stack: token ids to hidden states."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 from embgemma.models import attention
 from embgemma.models.config import TransformerConfig
 from embgemma.models.layers import AttentionInputs, LayerGroup, RMSNorm
-from embgemma.typing import Array, Float, Int
+from embgemma.typing import Array, ArrayLike, Float, Int
 
 _REMAT = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -21,9 +23,9 @@ class TokenEmbedding(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, tokens: Int[Array, "R L"]) -> Float[Array, "R L D"]:
+  def __call__(self, tokens: Int[ArrayLike, "R L"]) -> Float[Array, "R L D"]:
     cfg = self.config
-    table = self.param(
+    table: Any = self.param(
       "table",
       # Unit variance after the scaling below.
       nn.with_logical_partitioning(
@@ -51,9 +53,9 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(
     self,
-    tokens: Int[Array, "R L"],
-    positions: Int[Array, "R L"],
-    text_ids: Int[Array, "R L"],
+    tokens: Int[ArrayLike, "R L"],
+    positions: Int[ArrayLike, "R L"],
+    text_ids: Int[ArrayLike, "R L"],
   ) -> Float[Array, "R L D"]:
     """Final hidden states in the compute dtype.
 
@@ -75,16 +77,18 @@ class Transformer(nn.Module):
       if kind in cfg.layer_kinds
     }
     x = TokenEmbedding(cfg, name="embedder")(tokens)
-    x = nn.with_logical_constraint(x, ("batch", "length", None))
 
-    group = LayerGroup
-    if cfg.remat != "none":
-      group = nn.remat(group, policy=_REMAT[cfg.remat], prevent_cse=False)
+    def group(in_scan: bool) -> Any:
+      if cfg.remat == "none":
+        return LayerGroup
+      # Only a scan keeps XLA from merging the recomputation with the original.
+      return nn.remat(LayerGroup, policy=_REMAT[cfg.remat], prevent_cse=not in_scan)
+
     pattern = cfg.attention_pattern
     repetitions, left_over = divmod(cfg.num_layers, len(pattern))
     if repetitions:
       scanned = nn.scan(
-        group,
+        group(in_scan=True),
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=nn.broadcast,
@@ -93,5 +97,6 @@ class Transformer(nn.Module):
       )
       x, _ = scanned(cfg, pattern, name="groups")(x, inputs)
     if left_over:
-      x, _ = group(cfg, pattern[:left_over], name="remainder")(x, inputs)
+      remainder = group(in_scan=False)(cfg, pattern[:left_over], name="remainder")
+      x, _ = remainder(x, inputs)
     return RMSNorm(cfg.norm_epsilon, name="final_norm")(x)

@@ -1,6 +1,7 @@
 """What a run would be: sizes, memory, tokens and steps, before any compute."""
 
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -92,7 +93,8 @@ def explain(
 
 def _task_table(data: DataConfig, train_steps: int, batch_size: int) -> Table:
   """Rate, size and expected use of each task; sizes are known once it is cached."""
-  manifest = cache.manifest(data)
+  unread = data.vocabulary and not pathlib.Path(data.vocabulary).is_file()
+  manifest = None if unread else cache.manifest(data)
   if manifest is None:
     tasks = [(task.name, task.rate, None) for task in data.selected()]
     title = "tasks (sizes after `embgemma cache`)"

@@ -34,12 +34,12 @@ from embgemma.training.partitioning import Partitioner, data_shards
 from embgemma.training.progress import Progress, duration
 from embgemma.training.train_state import TrainState, init_train_state, unbox
 from embgemma.training.train_step import TrainStep
-from embgemma.typing import Metrics, PyTree
+from embgemma.typing import PyTree
 
 EVALUATIONS_FILE = "evaluations.json"
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818 (asked for, no error)
   """The run was asked to stop; its state is saved.
 
   Attributes:
@@ -65,6 +65,10 @@ class Intervals:
 
   log: int = 10
   evaluate: int = 0
+
+  def __post_init__(self):
+    _check_least(1, **{"Intervals.log": self.log})
+    _check_least(0, **{"Intervals.evaluate": self.evaluate})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,14 @@ class Run:
     )
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
-    """Runs the evaluations and keeps their results; the mean score, if there are any."""
+    """Runs the evaluations and keeps their results.
+
+    Returns:
+      The mean score, and each metric as TASK/METRIC/WIDTH; None without evaluations.
+
+    Raises:
+      ConfigError: the policy's best metric is not among them.
+    """
     if not self.evaluators:
       return None
     path = self.model_dir / EVALUATIONS_FILE
@@ -111,13 +122,32 @@ class Run:
       encode = functools.partial(self.encoder.encode, state.inference_params)
       kept[str(step)] = {e.name: e.evaluate(encode) for e in self.evaluators}
       checkpoints.write_atomically(path, json.dumps(kept, indent=1).encode())
-    return {"mean": suite.mean_score(kept[str(step)])}
+    results = kept[str(step)]
+    scores = {"mean": suite.mean_score(results)} | {
+      f"{task}/{key}": value
+      for task, values in results.items()
+      for key, value in values.items()
+    }
+    if self.policy.best_metric not in scores:
+      raise ConfigError(
+        f"CheckpointPolicy.best_metric {self.policy.best_metric!r} is not evaluated; "
+        f"there are {sorted(scores)}"
+      )
+    return scores
+
+  def forget_results(self, start: int) -> None:
+    """Drops results of steps that the run has yet to do, perhaps in another way."""
+    path = self.model_dir / EVALUATIONS_FILE
+    found = suite.read_results(path)
+    kept = {step: found[step] for step in found if start and int(step) <= start}
+    if kept != found:
+      checkpoints.write_atomically(path, json.dumps(kept, indent=1).encode())
 
 
-def _check_counts(**values: int) -> None:
+def _check_least(least: int, **values: int) -> None:
   for name, value in values.items():
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-      raise ConfigError(f"{name} must be a positive integer, got {value!r}")
+    if value < least:
+      raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
 @contextlib.contextmanager
@@ -196,7 +226,8 @@ def _with_initial_params(
   item = "ema" if store.has_ema(step) else "params"
   found = store.restore(step, {item: abstract.params["embedder"]})[item]
   ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
-  return state.replace(params={**state.params, "embedder": found}, ema=ema)
+  params = {**state.params, "embedder": found}
+  return dataclasses.replace(state, params=params, ema=ema)
 
 
 def _initial_state(
@@ -205,6 +236,11 @@ def _initial_state(
   """The newest checkpoint of the run, or a new state; and the steps done."""
   if run.store.steps():
     step = run.store.resolve_step(None)
+    if step > run.train_steps:
+      raise ConfigError(
+        f"{run.model_dir} is at step {step} already; set TRAIN_STEPS to at least that, "
+        "or use another MODEL_DIR"
+      )
     saved = run.store.position(step)
     expected = {**run.position, "next_step": step}
     changed = sorted(k for k in expected if saved.get(k) != expected[k])
@@ -243,7 +279,8 @@ def _check_finite(
       raise TrainingError(
         f"step {step}, task {task!r}: {name} is {metrics[name]}; stopped. The last "
         f"saved step is {last}. Lower the learning rate, clip gradients or look at "
-        "the task's data, then run again to resume from there."
+        "the task's data, then run again to resume from there; if that stops at once, "
+        "delete that step to resume from the one before."
       )
 
 
@@ -251,7 +288,7 @@ def _check_finite(
 class _Window:
   """Sums since the last log line."""
 
-  metrics: list[Metrics] = dataclasses.field(default_factory=list)
+  metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)
   tokens: int = 0
   slots: int = 0
   waited: float = 0.0
@@ -287,7 +324,7 @@ def _run_steps(run: Run, state: TrainState, start: int, batches: Any) -> TrainSt
       pairs = jax.device_put(batch.pairs, run.batch_sharding)
       with jax.transfer_guard("disallow"):
         state, on_device = run.train_step(state, pairs)
-        metrics = jax.device_get(on_device)
+        metrics = {k: float(v) for k, v in jax.device_get(on_device).items()}
       _check_finite(metrics, step, batch.task, last_saved)
       window.metrics.append(metrics)
       window.tokens += batch.real_tokens
@@ -372,14 +409,14 @@ def train(
     TrainingError: a metric is not finite; nothing of it is saved.
     Stopped: SIGINT or SIGTERM, after saving.
   """
-  _check_counts(
-    TRAIN_STEPS=train_steps,
-    BATCH_SIZE=batch_size,
-    **{
-      "Intervals.log": intervals.log,
-      "CheckpointPolicy.every_steps": checkpoint_policy.every_steps,
-    },
+  _check_least(1, TRAIN_STEPS=train_steps, BATCH_SIZE=batch_size)
+  _check_least(
+    0,
+    RANDOM_SEED=seed,
+    **{"train.reader_threads": reader_threads, "train.reader_workers": reader_workers},
   )
+  if ema_decay is not None and not 0 < ema_decay < 1:
+    raise ConfigError(f"EMA_DECAY must be between 0 and 1, got {ema_decay}")
   objective.check(model.embedding_width)
   if objective.needs_teacher:
     raise ConfigError(
@@ -452,9 +489,11 @@ def train(
   )
   with contextlib.closing(run.store):
     state, start = _initial_state(init, abstract, run, seed, initial_checkpoint_path)
+    run.forget_results(start)
     if not start:
       checkpoints.write_description(directory, description, vocabulary, operative_gin)
-      run.evaluate(state, 0)
+    if start in (0, train_steps):
+      run.evaluate(state, start)
     began = time.monotonic()
     if start < train_steps:
       batches = reader.read_batches(run.source, start, reader_threads, reader_workers)

@@ -5,14 +5,17 @@ installed: seconds and half a gigabyte that a trainer must not pay. The record f
 and the protocol messages are the tensorboard package's own.
 """
 
+import contextlib
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from embgemma.checkpoints import write_error
 
 
 class EventWriter:
@@ -20,13 +23,19 @@ class EventWriter:
 
   Args:
     directory: TensorBoard's log directory; made if missing.
+
+  Raises:
+    CheckpointError: the disk is full or the directory cannot be written; also from
+      every method.
   """
 
   def __init__(self, directory: pathlib.Path):
-    directory.mkdir(parents=True, exist_ok=True)
+    self._directory = directory
     name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-    self._file = open(directory / name, "wb")  # noqa: SIM115 (closed by `close`)
-    self._records = RecordWriter(self._file)
+    with self._write_errors():
+      directory.mkdir(parents=True, exist_ok=True)
+      file = open(directory / name, "wb")  # noqa: SIM115 (closed by `close`)
+    self._records = RecordWriter(file)
     self._write(event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
   def _write(self, event: event_pb2.Event) -> None:
@@ -40,8 +49,17 @@ class EventWriter:
         for tag, value in sorted(values.items())
       ]
     )
-    self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
-    self._records.flush()
+    with self._write_errors():
+      self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+      self._records.flush()
 
   def close(self) -> None:
-    self._records.close()
+    with self._write_errors():
+      self._records.close()
+
+  @contextlib.contextmanager
+  def _write_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      raise write_error(self._directory, error) from error

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, all from optax."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
@@ -42,8 +43,8 @@ class Schedule:
   def __post_init__(self):
     if self.kind not in SCHEDULES:
       raise ConfigError(f"Schedule.kind must be one of {SCHEDULES}, got {self.kind!r}")
-    if not self.peak > 0:
-      raise ConfigError(f"Schedule.peak must be > 0, got {self.peak!r}")
+    if not 0 < self.peak < math.inf:
+      raise ConfigError(f"Schedule.peak must be > 0 and finite, got {self.peak!r}")
 
   def build(self, train_steps: int) -> optax.Schedule:
     """Step to learning rate, for a run of `train_steps`.
@@ -111,6 +112,17 @@ class OptimizerConfig:
       raise ConfigError(
         f"OptimizerConfig.name must be one of {OPTIMIZERS}, got {self.name!r}"
       )
+    if self.clip_norm is not None and not self.clip_norm > 0:
+      raise ConfigError(
+        f"OptimizerConfig.clip_norm must be > 0 or None, got {self.clip_norm!r}"
+      )
+    for pattern in self.rate_multipliers:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ConfigError(
+          f"OptimizerConfig.rate_multipliers: {pattern!r} is no pattern: {error}"
+        ) from error
 
   def build(self, train_steps: int) -> optax.GradientTransformation:
     """The optax transformation of a run."""
@@ -134,27 +146,31 @@ class OptimizerConfig:
     return optax.chain(*parts)
 
   def _multiply_rates(self) -> optax.GradientTransformation:
-    def scale(updates, params=None):
-      del params
-      matched = set()
-
-      def factor(path, update):
-        value = 1.0
-        for pattern, multiplier in self.rate_multipliers.items():
-          if re.search(pattern, _parameter(path)):
-            matched.add(pattern)
-            value *= multiplier
-        return update * value
-
-      scaled = jax.tree_util.tree_map_with_path(factor, updates)
-      unmatched = set(self.rate_multipliers) - matched
+    def check(params):
+      leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+      names = [_parameter(path) for path, _ in leaves]
+      unmatched = [
+        pattern
+        for pattern in self.rate_multipliers
+        if not any(re.search(pattern, name) for name in names)
+      ]
       if unmatched:
         raise ConfigError(
           f"OptimizerConfig.rate_multipliers: {sorted(unmatched)} match no parameter"
         )
-      return scaled
+      return optax.EmptyState()
 
-    return optax.stateless(scale)
+    def scale(updates, state, params=None):
+      del params
+
+      def scaled(path, update):
+        name = _parameter(path)
+        matching = (p for p in self.rate_multipliers if re.search(p, name))
+        return update * math.prod(self.rate_multipliers[p] for p in matching)
+
+      return jax.tree_util.tree_map_with_path(scaled, updates), state
+
+    return optax.GradientTransformation(check, scale)
 
 
 def _parameter(path: tuple) -> str:

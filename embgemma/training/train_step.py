@@ -52,7 +52,7 @@ class TrainStep:
     updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
-    if ema is not None:
+    if ema is not None and self.ema_decay is not None:
       ema = optax.incremental_update(params["embedder"], ema, 1.0 - self.ema_decay)
     new_state = TrainState(state.step + 1, params, opt_state, ema)
     return new_state, metrics | gradient_norms(gradients)
@@ -67,5 +67,5 @@ def gradient_norms(gradients: Params) -> Metrics:
     "layers": encoder,
     "heads": {k: v for k, v in embedder.items() if k != "encoder"},
   }
-  norms = {f"gradient_norm/{k}": optax.global_norm(v) for k, v in parts.items()}
-  return {"gradient_norm": optax.global_norm(gradients), **norms}
+  norms = {f"gradient_norm/{k}": optax.tree.norm(v) for k, v in parts.items()}
+  return {"gradient_norm": optax.tree.norm(gradients), **norms}

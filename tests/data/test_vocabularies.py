@@ -253,7 +253,7 @@ def test_training_takes_a_bounded_sample_of_the_texts(tmp_path):
   texts = [f"{chr(97 + i % 26) * 4} {i:x}" for i in range(1000)]
   seen = []
   vocabularies = [
-    train_vocabulary((seen.append(t) or t for t in order), 540, path, max_texts=100)
+    train_vocabulary((seen.append(t) or t for t in order), 540, path, max_bytes=800)
     for order, path in ((texts, tmp_path / "a"), (texts[::-1], tmp_path / "b"))
   ]
   assert len(seen) == 2000

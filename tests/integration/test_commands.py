@@ -1,0 +1,228 @@
+"""Each command from end to end on a run of seconds."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from embgemma import cli
+from embgemma.checkpoints import CheckpointStore, read_description
+
+pytestmark = pytest.mark.slow
+
+
+def test_train_writes_a_model_directory(trained):
+  names = {path.name for path in trained.iterdir()}
+  assert names == {
+    "checkpoints",
+    "embedder.json",
+    "evaluations.json",
+    "operative.gin",
+    "tensorboard",
+    "tokenizer.model",
+  }
+  # The evaluated last step is also the best.
+  assert CheckpointStore(trained).steps() == [20, 30]
+  assert any((trained / "tensorboard").glob("events.out.tfevents.*"))
+  assert "TRAIN_STEPS = 30" in (trained / "operative.gin").read_text()
+  description = read_description(trained)
+  assert description.config.matryoshka_widths == (32, 16)
+  assert description.lengths == {"query": 32, "positive": 64, "negatives": 64}
+
+
+def test_training_helps_on_its_own_pairs(trained):
+  kept = json.loads((trained / "evaluations.json").read_text())
+  assert kept.keys() == {"0", "30"}
+  for width in (32, 16):
+    key = f"ndcg@10/{width}"
+    assert kept["30"]["plain"][key] > kept["0"]["plain"][key] + 0.1
+
+
+def test_a_finished_run_is_left_as_it_is(trained, workspace):
+  before = {p: p.stat().st_mtime_ns for p in (trained / "checkpoints").rglob("*")}
+  plain = workspace.root / "plain.jsonl"
+  done = workspace.train(trained, f"--gin.EVALUATIONS={{'plain': '{plain}'}}")
+  assert done.returncode == 0, done.stderr
+  assert "resuming from step 30" in done.stdout
+  assert "ndcg@10" in done.stdout
+  after = {p: p.stat().st_mtime_ns for p in (trained / "checkpoints").rglob("*")}
+  assert after == before
+
+
+def test_finetune_starts_from_another_checkpoint(
+  trained, workspace, tmp_path, capsys, monkeypatch
+):
+  """In this process: eight devices, shapes and types checked."""
+  monkeypatch.setenv("EMBGEMMA_CACHE", workspace.environment["EMBGEMMA_CACHE"])
+  arguments = workspace.flags(
+    "--gin.TASK_FEATURE_LENGTHS={'query': 32, 'positive': 64, 'negatives': 64}",
+    f"--gin.INITIAL_CHECKPOINT_PATH={trained}",
+    f"--gin.EVALUATIONS={{'plain': '{workspace.root / 'plain.jsonl'}'}}",
+    "--gin.LEARNING_RATE=1e-3",
+    "--gin.EMA_DECAY=0.5",
+    "--gin.EVAL_STEPS=1",
+    f"--gin.MODEL_DIR={tmp_path / 'run'}",
+    stage="finetune",
+    steps=2,
+  )
+  cli.main(["train", *arguments])
+  assert "trained to step 2" in capsys.readouterr().out
+  kept = json.loads((tmp_path / "run" / "evaluations.json").read_text())
+  source = json.loads((trained / "evaluations.json").read_text())
+  assert kept.keys() == {"0", "1", "2"}
+  key = "ndcg@10/32"
+  assert kept["0"]["plain"][key] == pytest.approx(source["30"]["plain"][key], abs=1e-6)
+  store = CheckpointStore(tmp_path / "run")
+  assert store.has_ema(store.resolve_step(None))
+
+
+def embed(workspace, *flags: str) -> subprocess.CompletedProcess[str]:
+  done = workspace.run("embed", *flags)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+@pytest.fixture
+def texts(workspace, tmp_path):
+  lines = (workspace.root / "plain.jsonl").read_text().splitlines()[:20]
+  found = [json.loads(line)["query"] for line in lines]
+  (tmp_path / "texts.txt").write_text("".join(f"{text}\n" for text in found))
+  return found
+
+
+def test_embed_formats_agree(trained, workspace, texts, tmp_path):
+  with gzip.open(tmp_path / "texts.txt.gz", "wt") as file:
+    file.write((tmp_path / "texts.txt").read_text())
+  with open(tmp_path / "texts.jsonl", "w") as file:
+    file.writelines(json.dumps({"text": text, "id": 1}) + "\n" for text in texts)
+  outputs = {
+    "texts.txt": "text.npy",
+    "texts.txt.gz": "gz.npy",
+    "texts.jsonl": "jsonl.parquet",
+  }
+  for source, output in outputs.items():
+    done = embed(
+      workspace,
+      f"--checkpoint={trained}",
+      f"--input={tmp_path / source}",
+      f"--output={tmp_path / output}",
+    )
+    assert "20 vectors of width 32" in done.stderr
+  vectors = np.load(tmp_path / "text.npy")
+  assert vectors.dtype == np.float32
+  assert vectors.shape == (20, 32)
+  np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+  np.testing.assert_array_equal(np.load(tmp_path / "gz.npy"), vectors)
+  table = pq.read_table(tmp_path / "jsonl.parquet")
+  np.testing.assert_array_equal(np.stack(table["embedding"].to_numpy()), vectors)
+  assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_embed_prompt_width_step_and_field(trained, workspace, texts, tmp_path):
+  with open(tmp_path / "prompted.txt", "w") as file:
+    file.writelines(f"task: search result | query: {text}\n" for text in texts)
+  flags = f"--checkpoint={trained / 'checkpoints' / '20'}"
+  embed(
+    workspace,
+    flags,
+    f"--input={workspace.root / 'plain.jsonl'}",
+    "--field=query",
+    "--prompt=query",
+    "--dim=16",
+    f"--output={tmp_path / 'narrow.npy'}",
+  )
+  embed(
+    workspace,
+    flags,
+    f"--input={tmp_path / 'prompted.txt'}",
+    f"--output={tmp_path / 'wide.npy'}",
+  )
+  narrow, wide = np.load(tmp_path / "narrow.npy"), np.load(tmp_path / "wide.npy")
+  assert narrow.shape == (160, 16)
+  cut = wide[:, :16] / np.linalg.norm(wide[:, :16], axis=1, keepdims=True)
+  np.testing.assert_allclose(narrow[:20], cut, atol=1e-5)
+
+
+def test_embed_skips_and_lists_bad_records(trained, workspace, tmp_path):
+  source = tmp_path / "texts.jsonl"
+  source.write_bytes(b'{"text": "good"}\n\n{"text": 5}\n\xff\n{"text": "fine"}\n')
+  done = embed(
+    workspace,
+    f"--checkpoint={trained}",
+    f"--input={source}",
+    f"--output={tmp_path / 'out.npy'}",
+    "--on_bad_record=skip",
+  )
+  assert np.load(tmp_path / "out.npy").shape == (2, 32)
+  assert "skipped 3 records" in done.stderr
+  for line in (2, 3, 4):
+    assert f"texts.jsonl:{line}: " in done.stderr
+
+
+def test_eval(trained, workspace, tmp_path):
+  plain = workspace.root / "plain.jsonl"
+  done = workspace.run(
+    "eval",
+    f"--checkpoint={trained}",
+    f"--data=mine={plain}",
+    f"--data=code={plain}:code",
+    "--widths=16",
+    "--bm25",
+    f"--output={tmp_path / 'results.json'}",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "ndcg@10" in done.stdout
+  results = json.loads((tmp_path / "results.json").read_text())
+  assert results.keys() == {"step 30", "BM25"}
+  kept = json.loads((trained / "evaluations.json").read_text())
+  mine = results["step 30"]["mine"]["ndcg@10/16"]
+  assert mine == pytest.approx(kept["30"]["plain"]["ndcg@10/16"])
+  assert results["step 30"]["code"]["ndcg@10/16"] != mine
+
+
+def test_explain(trained, workspace):
+  done = workspace.run("explain", *workspace.flags())
+  assert done.returncode == 0, done.stderr
+  parameters = sum(
+    int(line.split("│")[2].replace(",", ""))
+    for line in done.stdout.splitlines()
+    if "parameters: total" in line
+  )
+  # table, 2 layers of attention and feed-forward with norms, last norm, heads
+  layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 4 * 32 + 2 * 16
+  assert parameters == 800 * 32 + 2 * layer + 32 + 32 * 48 + 48 * 32
+  assert "mesh" in done.stdout
+  # Sizes of the tasks are known since the run cached them.
+  assert " 160 " in done.stdout
+  assert " 140 " in done.stdout
+
+
+def test_a_skipping_run_counts_and_lists(workspace, tmp_path):
+  data = tmp_path / "pairs.jsonl"
+  data.write_bytes(
+    (workspace.root / "plain.jsonl").read_bytes()
+    + b'{"query": "no positive"}\n{"query": \n'
+  )
+  done = workspace.run(
+    "cache",
+    *workspace.flags(f"--gin.JSONL_TASKS={{'pairs': '{data}'}}"),
+    "--on_bad_record=skip",
+  )
+  assert done.returncode == 0, done.stderr
+  assert "cached pairs: 160 examples" in done.stderr
+  assert "skipped 2 bad records of pairs" in done.stderr
+  assert "pairs.jsonl:161: " in done.stderr
+  assert "pairs.jsonl:162: malformed JSON" in done.stderr
+
+
+def test_module_and_script_are_the_same(workspace):
+  done = subprocess.run(
+    [sys.executable, "-c", "from embgemma.cli import main; main(['--version'])"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout == workspace.run("--version").stdout

@@ -1,0 +1,103 @@
+"""A run that is stopped in any way ends where it would have ended."""
+
+import importlib.util
+import pathlib
+import signal
+import sys
+import time
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "faults" / "kill_resume.py"
+_SPEC = importlib.util.spec_from_file_location("kill_resume", SCRIPT)
+kill_resume = importlib.util.module_from_spec(_SPEC)
+sys.modules["kill_resume"] = kill_resume
+_SPEC.loader.exec_module(kill_resume)
+
+
+@pytest.fixture(scope="module")
+def training(workspace):
+  """A hundred steps, averaged parameters among what is compared."""
+  flags = workspace.flags("--gin.EMA_DECAY=0.9", steps=100)
+  return kill_resume.Training(flags, workspace.environment)
+
+
+@pytest.fixture(scope="module")
+def whole(training, workspace):
+  """The state at the end of an uninterrupted run, and how long that took.
+
+  The first run tokenises and compiles; the second is timed.
+  """
+  training.finish(workspace.root / "resume" / "first")
+  began = time.monotonic()
+  training.finish(workspace.root / "resume" / "whole")
+  seconds = time.monotonic() - began
+  return kill_resume.final_state(workspace.root / "resume" / "whole"), seconds
+
+
+def test_the_comparison_sees_a_last_bit(whole):
+  expected, _ = whole
+  assert "params/encoder/embedder/table" in expected
+  assert any(name.startswith("training/opt_state/") for name in expected)
+  assert any(name.startswith("ema/") for name in expected)
+  changed = dict(expected)
+  table = changed["params/encoder/embedder/table"].copy()
+  table.view("u4")[0, 0] ^= 1
+  changed["params/encoder/embedder/table"] = table
+  assert kill_resume.differences(changed, expected) == ["params/encoder/embedder/table"]
+  del changed["params/encoder/embedder/table"]
+  assert kill_resume.differences(changed, expected) == ["params/encoder/embedder/table"]
+  assert kill_resume.differences(expected, expected) == []
+
+
+def test_two_uninterrupted_runs_agree(whole, workspace):
+  first = kill_resume.final_state(workspace.root / "resume" / "first")
+  assert kill_resume.differences(first, whole[0]) == []
+
+
+@pytest.mark.parametrize(
+  ("signum", "code", "readers"),
+  [
+    (signal.SIGTERM, 143, "--gin.train.reader_threads=1"),
+    (signal.SIGINT, 130, "--gin.train.reader_workers=2"),
+  ],
+)
+def test_a_signal_saves_and_stops(
+  signum, code, readers, training, whole, workspace, tmp_path
+):
+  model_dir = tmp_path / "run"
+  process = training.start(model_dir)
+  while not kill_resume.saved_steps(model_dir) and process.poll() is None:
+    time.sleep(0.01)
+  process.send_signal(signum)
+  log = model_dir.with_suffix(".log")
+  assert process.wait(60) == code, log.read_text()
+  stopped = kill_resume.saved_steps(model_dir)[-1]
+  assert f"stopped by {signum.name} at step {stopped}" in log.read_text()
+  assert "Traceback" not in log.read_text()
+  assert 10 <= stopped < 100
+  training.finish(model_dir, readers)
+  assert f"resuming from step {stopped}" in log.read_text()
+  found = kill_resume.final_state(model_dir)
+  assert kill_resume.differences(found, whole[0]) == []
+
+
+def test_interrupting_before_the_first_step(training, tmp_path):
+  model_dir = tmp_path / "run"
+  process = training.start(model_dir)
+  time.sleep(1.0)
+  process.send_signal(signal.SIGINT)
+  assert process.wait(60) == 130
+  assert "Traceback" not in model_dir.with_suffix(".log").read_text()
+
+
+def test_killed_at_random_moments(training, whole, tmp_path):
+  expected, seconds = whole
+  struck, finished = kill_resume.kill_and_resume(
+    training, tmp_path, kills=2, seed=0, longest=seconds
+  )
+  assert len(struck) == 2
+  for model_dir in finished:
+    assert kill_resume.differences(kill_resume.final_state(model_dir), expected) == []
