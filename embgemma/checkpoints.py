@@ -297,10 +297,7 @@ class CheckpointStore:
     try:
       restored = self._manager.restore(step, args=ocp.args.Composite(**items))
     except Exception as error:  # Orbax and tensorstore raise many types
-      raise CheckpointError(
-        f"{self._directory / str(step)}: cannot be restored: {error}; delete this step "
-        "to fall back to an older one"
-      ) from error
+      raise _damaged(self._directory / str(step), error) from error
     return {name: restored[name] for name in items}
 
   def _check_shapes(self, step: int, item: str, abstract: PyTree) -> None:
@@ -309,7 +306,7 @@ class CheckpointStore:
       metadata = ocp.StandardCheckpointHandler().metadata(directory.absolute())
       found = _shapes(metadata.tree)
     except Exception as error:
-      raise CheckpointError(f"{directory}: damaged or missing: {error}") from error
+      raise _damaged(directory, error) from error
     expected = _shapes(abstract)
     problems = []
     for path in sorted(found.keys() | expected.keys()):
@@ -323,6 +320,15 @@ class CheckpointStore:
         f"{directory}: another architecture or optimizer than this configuration's:"
         f"\n  {shown}{more}\nUse the model's own gin file, or another MODEL_DIR."
       )
+
+
+def _damaged(path: pathlib.Path, error: Exception) -> CheckpointError:
+  # Tensorstore's messages go on with a specification of hundreds of characters.
+  reason = str(error).partition(" [")[0]
+  return CheckpointError(
+    f"{path}: damaged or missing: {reason}; delete the step's directory to fall back "
+    "to an older one"
+  )
 
 
 def _best_metric(name: str, metrics: Mapping[str, float]) -> float:

@@ -176,6 +176,25 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     raise SystemExit(finished.returncode)
 
 
+@contextlib.contextmanager
+def _leaving_at_once() -> Iterator[None]:
+  """Ends on Ctrl-C wherever training does not listen: there is nothing to save.
+
+  Python's own handler raises, which imports and callbacks of libraries swallow.
+  """
+
+  def leave(signum, frame):
+    del frame
+    os.write(2, b"embgemma: interrupted\n")
+    os._exit(128 + signum)
+
+  previous = signal.signal(signal.SIGINT, leave)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
+
+
 def _train(
   options: argparse.Namespace, bindings: Sequence[str], command_line: Sequence[str]
 ) -> None:
@@ -258,7 +277,7 @@ def _embed(options: argparse.Namespace) -> None:
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
   )
-  prompt = "" if options.prompt == "none" else embedder.prompt(options.prompt)
+  prompt = embedder.prompt(options.prompt)
   width = embedder.check_width(options.dim)
   skipped: list[str] = []
   texts = (prompt + text for text in _input_texts(options, skipped))
@@ -316,6 +335,12 @@ def _evaluate(options: argparse.Namespace) -> None:
   Console().print(results_table(columns))
 
 
+def _report_unraisable(unraisable: Any) -> None:
+  # Tensorstore's threads go on when one has failed and Orbax has left its event loop.
+  if str(unraisable.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(unraisable)
+
+
 def _is_news(record: logging.LogRecord) -> bool:
   # Orbax warns of its own options; it and asyncio log errors that also reach us.
   if record.name == "asyncio" or record.exc_info:
@@ -333,6 +358,7 @@ def _quieten_libraries() -> None:
   logging.basicConfig(level=logging.WARNING, handlers=[handler])
   # Likewise what an asynchronous write leaves behind when it fails.
   warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+  sys.unraisablehook = _report_unraisable
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -345,7 +371,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if bindings and not hasattr(options, "gin_file"):
       raise ConfigError(f"`embgemma {options.command}` takes no --gin flags")
     if options.command == "train":
-      _train(options, bindings, command_line[1:])
+      with _leaving_at_once():
+        _train(options, bindings, command_line[1:])
     elif options.command == "cache":
       _cache(options, bindings)
     elif options.command == "explain":

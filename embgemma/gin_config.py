@@ -73,7 +73,7 @@ def _type_checked(name: str, constructor: Callable[..., Any]) -> Callable[..., A
     return constructor(*args, **arguments)
 
   # Where gin looks for defaults, which it writes into the operative configuration.
-  checked.__signature__ = inspect.signature(constructor)
+  checked.__signature__ = inspect.signature(constructor)  # type: ignore[attr-defined]
   return checked
 
 
@@ -215,6 +215,7 @@ def train_arguments(allowed: Sequence[str] = ()) -> dict[str, Any]:
   for name in allowed:
     if re.search(rf"^{name} = %gin.REQUIRED$", gin.config_str(), re.MULTILINE):
       gin.parse_config(f"{name} = ''")
+  _check_model()
   arguments = resolve("train")
   parameters = inspect.signature(loop_train()).parameters.values()
   missing = [
@@ -226,6 +227,15 @@ def train_arguments(allowed: Sequence[str] = ()) -> dict[str, Any]:
       "gin/stages/prefinetune.gin"
     )
   return arguments
+
+
+def _check_model() -> None:
+  try:
+    gin.query_parameter("EmbedderConfig.transformer")
+  except ValueError as error:
+    raise ConfigError(
+      "gin: no model; give a --gin_file of gin/models/ before the stage's"
+    ) from error
 
 
 def loop_train() -> Callable[..., Any]:

@@ -44,7 +44,11 @@ MODEL_CARD_PROMPTS: Mapping[str, str] = types.MappingProxyType(
 NO_PROMPT = "none"
 """The name of the empty prompt."""
 
-_ALL_PROMPTS = {**OFFICIAL_PROMPTS, **MODEL_CARD_PROMPTS, NO_PROMPT: ""}
+PROMPTS: Mapping[str, str] = types.MappingProxyType(
+  {**OFFICIAL_PROMPTS, **MODEL_CARD_PROMPTS, NO_PROMPT: ""}
+)
+"""Every prompt by name: what checkpoints carry."""
+
 _TITLED = frozenset({"document", "Retrieval-document"})
 
 
@@ -58,9 +62,9 @@ def prompt(name: str) -> str:
     ConfigError: no prompt has this name.
   """
   try:
-    return _ALL_PROMPTS[name]
+    return PROMPTS[name]
   except KeyError:
-    names = ", ".join(sorted(_ALL_PROMPTS))
+    names = ", ".join(sorted(PROMPTS))
     raise ConfigError(
       f"prompt {name!r} does not exist; the names (case matters) are: {names}"
     ) from None

@@ -9,6 +9,10 @@ that of data shards changes which examples a step sees or their order.
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -174,6 +178,21 @@ class StepSource:
     )
 
 
+def _begin_worker(index: int, count: int) -> None:
+  """Leaves signals to the trainer, and ends with it even if it is killed."""
+  del index, count
+  for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_IGN)
+  trainer = multiprocessing.parent_process()
+  assert trainer is not None
+
+  def follow() -> None:
+    trainer.join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
 def read_batches(
   source: StepSource, start_step: int, num_threads: int, num_workers: int
 ) -> Iterator[StepBatch]:
@@ -197,6 +216,7 @@ def read_batches(
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
     iterator = iterator.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers=num_workers)
+      grain.MultiprocessingOptions(num_workers=num_workers),
+      worker_init_fn=_begin_worker,
     )
   return iter(iterator)

@@ -451,7 +451,7 @@ def train(
   )
   shards = data_shards(mesh)
   sharding = partitioner.batch_sharding(mesh)
-  description = checkpoints.Description(model, data.lengths, prompts.OFFICIAL_PROMPTS)
+  description = checkpoints.Description(model, data.lengths, prompts.PROMPTS)
   _check_same_model(directory, description)
   run = Run(
     model_dir=directory,

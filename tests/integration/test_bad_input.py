@@ -19,9 +19,10 @@ import pytest
 # Forks a process for each command line that it reads: imports are paid once.
 _SERVER = textwrap.dedent(
   """
-  import json, os, sys, traceback
+  import json, logging, os, sys, traceback
   import embgemma.cli, embgemma.gin_config, embgemma.training.loop
   import embgemma.inference.embedder, embgemma.data.seqio_registry
+  logging.getLogger().handlers.clear()  # some import made one
   for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
@@ -190,7 +191,7 @@ def test_no_model(run):
     "--gin.TRAIN_STEPS=1",
     "--gin.BATCH_SIZE=1",
   ]
-  check_message(run("train", *flags), ["VOCABULARY_SIZE"])
+  check_message(run("train", *flags), ["no model", "gin/models/"])
 
 
 def test_required_macros_are_named_together(run):
@@ -258,13 +259,16 @@ def test_a_bad_record_stops_training_with_one_message(run, workspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_vocabulary_that_is_larger_than_the_table(run, workspace, trained, tmp_path):
+@pytest.mark.parametrize(("rows", "mention"), [(300, "token id"), (700, "800 pieces")])
+def test_vocabulary_that_is_larger_than_the_table(
+  rows, mention, run, workspace, trained, tmp_path
+):
   flags = workspace.flags(
     f"--gin.VOCABULARY={trained / 'tokenizer.model'}",
-    "--gin.TransformerConfig.vocab_size=700",
+    f"--gin.TransformerConfig.vocab_size={rows}",
     f"--gin.MODEL_DIR={tmp_path / 'run'}",
   )
-  check_message(run("train", *flags), ["token id", "700 rows"])
+  check_message(run("train", *flags), [mention, f"{rows} rows"])
 
 
 @pytest.fixture
@@ -482,4 +486,4 @@ def test_a_damaged_checkpoint(run, finished):
   shutil.rmtree(finished / "checkpoints" / "30" / "params" / "d")
   shutil.rmtree(finished / "checkpoints" / "30" / "params" / "ocdbt.process_0")
   done = run("eval", f"--checkpoint={finished}", "--data=a=plain.jsonl")
-  check_message(done, ["checkpoints/30", "delete this step"])
+  check_message(done, ["checkpoints/30", "delete the step's directory"])

@@ -57,6 +57,7 @@ def test_finetune_starts_from_another_checkpoint(
   trained, workspace, tmp_path, capsys, monkeypatch
 ):
   """In this process: eight devices, shapes and types checked."""
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # main sets its own
   monkeypatch.setenv("EMBGEMMA_CACHE", workspace.environment["EMBGEMMA_CACHE"])
   arguments = workspace.flags(
     "--gin.TASK_FEATURE_LENGTHS={'query': 32, 'positive': 64, 'negatives': 64}",

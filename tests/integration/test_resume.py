@@ -1,6 +1,7 @@
 """A run that is stopped in any way ends where it would have ended."""
 
 import importlib.util
+import os
 import pathlib
 import signal
 import sys
@@ -84,13 +85,41 @@ def test_a_signal_saves_and_stops(
   assert kill_resume.differences(found, whole[0]) == []
 
 
-def test_interrupting_before_the_first_step(training, tmp_path):
+def children(pid: int) -> list[int]:
+  lists = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+  return [int(child) for path in lists for child in path.read_text().split()]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_reading_processes_end_with_the_run(signum, training, tmp_path):
+  """Signals reach all processes, as Ctrl-C in a terminal does; a kill only one."""
+  model_dir = tmp_path / "run"
+  process = training.start(model_dir, "--gin.train.reader_workers=2")
+  while not kill_resume.saved_steps(model_dir) and process.poll() is None:
+    time.sleep(0.01)
+  started = children(process.pid)
+  assert len(started) >= 2
+  for pid in [process.pid] if signum == signal.SIGKILL else [*started, process.pid]:
+    os.kill(pid, signum)
+  process.wait(60)
+  log = model_dir.with_suffix(".log").read_text()
+  assert "Traceback" not in log
+  assert ("stopped by" in log) == (signum != signal.SIGKILL)
+  for _ in range(100):
+    if not any(pathlib.Path(f"/proc/{pid}").exists() for pid in started):
+      return
+    time.sleep(0.1)
+  pytest.fail(f"{started} outlive the run")
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5])
+def test_interrupting_before_the_first_step(seconds, training, tmp_path):
   model_dir = tmp_path / "run"
   process = training.start(model_dir)
-  time.sleep(1.0)
+  time.sleep(seconds)
   process.send_signal(signal.SIGINT)
   assert process.wait(60) == 130
-  assert "Traceback" not in model_dir.with_suffix(".log").read_text()
+  assert model_dir.with_suffix(".log").read_text() == "embgemma: interrupted\n"
 
 
 def test_killed_at_random_moments(training, whole, tmp_path):
