@@ -202,13 +202,14 @@ def _train(
 
   from embgemma import gin_config
   from embgemma.training import loop
+  from embgemma.training.stopping import Stopped
 
   _configure(options, bindings)
   arguments = gin_config.train_arguments()
   _ensure_cached(arguments["data"], command_line)
   try:
     loop.train(**arguments, operative_gin=gin.operative_config_str())
-  except loop.Stopped as stopped:
+  except Stopped as stopped:
     print(f"embgemma: {stopped}; the same command resumes", file=sys.stderr)
     raise SystemExit(128 + stopped.signum) from None
 
@@ -226,7 +227,6 @@ def _explain(options: argparse.Namespace, bindings: Sequence[str]) -> None:
 def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[str]:
   """Texts of --input, line by line."""
   from embgemma.data import sources
-  from embgemma.evaluation.retrieval import string_field
 
   path = options.input
   is_jsonl = path.removesuffix(".gz").endswith((".jsonl", ".json"))
@@ -234,7 +234,7 @@ def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[st
     try:
       if is_jsonl:
         record = sources.parse_json_line(path, number, line)
-        text = string_field(record, options.field, f"{path}:{number}")
+        text = sources.string_field(record, options.field, f"{path}:{number}")
       else:
         text = sources.decode_line(path, number, line)
       if not text.strip():

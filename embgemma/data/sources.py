@@ -102,17 +102,21 @@ def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
     yield number, parse_json_line(path, number, line)
 
 
-def _text(record: Mapping[str, Any], key: str, where: str) -> str:
-  if key not in record:
-    raise DataError(
-      f'{where}: no "{key}"; a record needs "query" and "positive", has '
-      f"{sorted(record)}"
-    )
-  value = record[key]
+def string_field(
+  record: Mapping[str, Any], key: str, where: str, default: str | None = None
+) -> str:
+  """The string under a key; the default where it is absent or null.
+
+  Raises:
+    DataError: no such key and no default, not a string, or a lone surrogate,
+      which no tokenizer can encode.
+  """
+  value = record.get(key)
+  value = default if value is None else value
+  if value is None:
+    raise DataError(f'{where}: no "{key}"; the record has {sorted(record)}')
   if not isinstance(value, str):
     raise DataError(f'{where}: "{key}" must be a string, got {type(value).__name__}')
-  if not value.strip():
-    raise DataError(f'{where}: "{key}" is empty; give it text or drop the record')
   try:
     value.encode("utf-8")
   except UnicodeEncodeError as error:
@@ -120,6 +124,18 @@ def _text(record: Mapping[str, Any], key: str, where: str) -> str:
       f'{where}: "{key}" holds a lone surrogate at character {error.start}; '
       "write the text as valid UTF-8"
     ) from error
+  return value
+
+
+def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+  if record.get(key) is None:
+    raise DataError(
+      f'{where}: no "{key}"; a record needs "query" and "positive", has '
+      f"{sorted(record)}"
+    )
+  value = string_field(record, key, where)
+  if not value.strip():
+    raise DataError(f'{where}: "{key}" is empty; give it text or drop the record')
   return value
 
 

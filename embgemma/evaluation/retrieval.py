@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from embgemma.data.prompts import TaskPrompts
-from embgemma.data.sources import read_jsonl, read_lines
+from embgemma.data.sources import read_jsonl, read_lines, string_field
 from embgemma.errors import ConfigError, DataError, TrainingError
 from embgemma.evaluation import metrics
 
@@ -71,31 +70,6 @@ class RetrievalData:
       qrels=qrels,
       languages=languages,
     )
-
-
-def string_field(
-  record: Mapping[str, Any], key: str, where: str, default: str | None = None
-) -> str:
-  """The string under a key; the default where it is absent or null.
-
-  Raises:
-    DataError: no such key and no default, not a string, or a lone surrogate,
-      which no tokenizer can encode.
-  """
-  value = record.get(key)
-  value = default if value is None else value
-  if value is None:
-    raise DataError(f'{where}: no "{key}"; the record has {sorted(record)}')
-  if not isinstance(value, str):
-    raise DataError(f'{where}: "{key}" must be a string, got {type(value).__name__}')
-  try:
-    value.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise DataError(
-      f'{where}: "{key}" holds a lone surrogate at character {error.start}; '
-      "write the text as valid UTF-8"
-    ) from error
-  return value
 
 
 def _plain_or_gz(folder: pathlib.Path, name: str) -> pathlib.Path:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from embgemma.data.prompts import TaskPrompts
-from embgemma.data.sources import read_jsonl
+from embgemma.data.sources import read_jsonl, string_field
 from embgemma.errors import DataError
 from embgemma.evaluation import metrics, retrieval
 
@@ -45,8 +45,8 @@ def read_sts(path: str | pathlib.Path) -> ScoredPairs:
       raise DataError(
         f'{where}: "score" (or "label") must be a finite number, got {score!r}'
       )
-    pairs.sentences1.append(retrieval.string_field(record, "sentence1", where))
-    pairs.sentences2.append(retrieval.string_field(record, "sentence2", where))
+    pairs.sentences1.append(string_field(record, "sentence1", where))
+    pairs.sentences2.append(string_field(record, "sentence2", where))
     pairs.scores.append(float(score))
   if len(set(pairs.scores)) < 2:
     raise DataError(

@@ -13,9 +13,9 @@ from embgemma.data.tasks import DataConfig
 from embgemma.losses.objective import Objective
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import Embedder
-from embgemma.training.loop import abstract_state
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import Partitioner, data_shards
+from embgemma.training.train_state import abstract_state
 from embgemma.typing import PyTree
 
 

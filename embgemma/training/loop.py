@@ -6,9 +6,8 @@ import functools
 import json
 import math
 import pathlib
-import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,25 +31,17 @@ from embgemma.training.metric_writers import EventWriter
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import Partitioner, data_shards
 from embgemma.training.progress import Progress, duration
-from embgemma.training.train_state import TrainState, init_train_state, unbox
+from embgemma.training.stopping import Stopped, stop_requests
+from embgemma.training.train_state import (
+  TrainState,
+  abstract_state,
+  restored_state,
+  save_state,
+  with_initial_params,
+)
 from embgemma.training.train_step import TrainStep
-from embgemma.typing import PyTree
 
 EVALUATIONS_FILE = "evaluations.json"
-
-
-class Stopped(Exception):  # noqa: N818 (asked for, no error)
-  """The run was asked to stop; its state is saved.
-
-  Attributes:
-    signum: The signal.
-    step: Steps done and saved.
-  """
-
-  def __init__(self, signum: int, step: int):
-    super().__init__(f"stopped by {signal.Signals(signum).name} at step {step}")
-    self.signum = signum
-    self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +86,8 @@ class Run:
     self, state: TrainState, step: int, metrics: Mapping[str, float] | None
   ) -> None:
     """Starts an asynchronous checkpoint of the state."""
-    training = {
-      "step": state.step,
-      "opt_state": state.opt_state,
-      "objective": state.params["objective"],
-    }
     position = {**self.position, "next_step": step}
-    self.store.save(
-      step, state.params["embedder"], state.ema, training, position, metrics
-    )
+    save_state(self.store, state, step, position, metrics)
 
   def evaluate(self, state: TrainState, step: int) -> dict[str, float] | None:
     """Runs the evaluations and keeps their results.
@@ -150,86 +134,6 @@ def _check_least(least: int, **values: int) -> None:
       raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-  """Signals asking to stop, as they come in; a second one interrupts at once."""
-  received: list[int] = []
-
-  def handler(signum, frame):
-    if received:
-      signal.default_int_handler(signum, frame)
-    received.append(signum)
-
-  previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-  try:
-    yield received
-  finally:
-    for signum, old in previous.items():
-      signal.signal(signum, old)
-
-
-def abstract_state(
-  model: Embedder,
-  objective: Objective,
-  optimizer: OptimizerConfig,
-  train_steps: int,
-  keep_ema: bool,
-  partitioner: Partitioner,
-  mesh: Mesh,
-) -> tuple[Any, PyTree]:
-  """A function of a key that makes the state, and the state's shapes with shardings."""
-  transformation = optimizer.build(train_steps)
-
-  def boxed(key: jax.Array) -> TrainState:
-    return init_train_state(key, model, objective, transformation, keep_ema)
-
-  shapes = jax.eval_shape(boxed, jax.random.key(0))
-  shardings = partitioner.state_shardings(shapes, mesh)
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    unbox(shapes),
-    shardings,
-  )
-  return jax.jit(lambda key: unbox(boxed(key)), out_shardings=shardings), abstract
-
-
-def _restored(store: CheckpointStore, step: int, abstract: TrainState) -> TrainState:
-  items = {
-    "params": abstract.params["embedder"],
-    "training": {
-      "step": abstract.step,
-      "opt_state": abstract.opt_state,
-      "objective": abstract.params["objective"],
-    },
-  }
-  if abstract.ema is not None:
-    items["ema"] = abstract.ema
-  found = store.restore(step, items)
-  training = found["training"]
-  return TrainState(
-    step=training["step"],
-    params={"embedder": found["params"], "objective": training["objective"]},
-    opt_state=training["opt_state"],
-    ema=found.get("ema"),
-  )
-
-
-def _with_initial_params(
-  state: TrainState, path: str, abstract: TrainState
-) -> TrainState:
-  """The fresh state with the embedder's parameters of another checkpoint."""
-  directory, step = checkpoints.locate(path)
-  store = CheckpointStore(directory)
-  step = store.resolve_step(step)
-  item = "ema" if store.has_ema(step) else "params"
-  found = store.restore(step, {item: abstract.params["embedder"]})[item]
-  ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
-  params = {**state.params, "embedder": found}
-  return dataclasses.replace(state, params=params, ema=ema)
-
-
 def _initial_state(
   init: Any, abstract: TrainState, run: Run, seed: int, initial: str | None
 ) -> tuple[TrainState, int]:
@@ -253,12 +157,12 @@ def _initial_state(
         "them to resume, or start a new MODEL_DIR with "
         f"INITIAL_CHECKPOINT_PATH = '{run.model_dir}'"
       )
-    state = _restored(run.store, step, abstract)
+    state = restored_state(run.store, step, abstract)
     run.console.print(f"resuming from step {step:,}")
     return state, step
   state = init(jax.random.key(seed))
   if initial is not None:
-    state = _with_initial_params(state, initial, abstract)
+    state = with_initial_params(state, initial, abstract)
   return state, 0
 
 
@@ -313,7 +217,7 @@ def _run_steps(run: Run, state: TrainState, start: int, batches: Any) -> TrainSt
   last_saved = start
   window = _Window()
   with (
-    _stop_requests() as stop,
+    stop_requests() as stop,
     Progress(run.console, start, run.train_steps) as progress,
     contextlib.closing(writer),
   ):

@@ -1,13 +1,22 @@
 """What a training run changes from step to step."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from embgemma import checkpoints
+from embgemma.checkpoints import CheckpointStore
 from embgemma.losses.objective import Objective
 from embgemma.models.embedder import Embedder, abstract_packed_texts
+from embgemma.training.optimizers import OptimizerConfig
+from embgemma.training.partitioning import Partitioner
 from embgemma.typing import PyTree
 
 
@@ -55,3 +64,92 @@ def init_train_state(
 def unbox(tree: PyTree) -> PyTree:
   """The tree without logical-axis boxes."""
   return nn.unbox(tree)
+
+
+def abstract_state(
+  model: Embedder,
+  objective: Objective,
+  optimizer: OptimizerConfig,
+  train_steps: int,
+  keep_ema: bool,
+  partitioner: Partitioner,
+  mesh: Mesh,
+) -> tuple[Any, PyTree]:
+  """A function of a key that makes the state, and the state's shapes with shardings."""
+  transformation = optimizer.build(train_steps)
+
+  def boxed(key: jax.Array) -> TrainState:
+    return init_train_state(key, model, objective, transformation, keep_ema)
+
+  shapes = jax.eval_shape(boxed, jax.random.key(0))
+  shardings = partitioner.state_shardings(shapes, mesh)
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    unbox(shapes),
+    shardings,
+  )
+  return jax.jit(lambda key: unbox(boxed(key)), out_shardings=shardings), abstract
+
+
+def save_state(
+  store: CheckpointStore,
+  state: TrainState,
+  step: int,
+  position: Mapping[str, Any],
+  metrics: Mapping[str, float] | None,
+) -> None:
+  """Starts an asynchronous checkpoint from which `restored_state` gives the state."""
+  training = {
+    "step": state.step,
+    "opt_state": state.opt_state,
+    "objective": state.params["objective"],
+  }
+  store.save(step, state.params["embedder"], state.ema, training, position, metrics)
+
+
+def restored_state(
+  store: CheckpointStore, step: int, abstract: TrainState
+) -> TrainState:
+  """The state saved at a step, placed like the abstract one.
+
+  Raises:
+    CheckpointError: see `CheckpointStore.restore`.
+  """
+  items = {
+    "params": abstract.params["embedder"],
+    "training": {
+      "step": abstract.step,
+      "opt_state": abstract.opt_state,
+      "objective": abstract.params["objective"],
+    },
+  }
+  if abstract.ema is not None:
+    items["ema"] = abstract.ema
+  found = store.restore(step, items)
+  training = found["training"]
+  return TrainState(
+    step=training["step"],
+    params={"embedder": found["params"], "objective": training["objective"]},
+    opt_state=training["opt_state"],
+    ema=found.get("ema"),
+  )
+
+
+def with_initial_params(
+  state: TrainState, path: str, abstract: TrainState
+) -> TrainState:
+  """The fresh state with the embedder's parameters of another checkpoint.
+
+  Raises:
+    CheckpointError: see `CheckpointStore.restore`.
+  """
+  directory, step = checkpoints.locate(path)
+  store = CheckpointStore(directory)
+  step = store.resolve_step(step)
+  item = "ema" if store.has_ema(step) else "params"
+  found = store.restore(step, {item: abstract.params["embedder"]})[item]
+  ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
+  params = {**state.params, "embedder": found}
+  return dataclasses.replace(state, params=params, ema=ema)

@@ -89,7 +89,7 @@ _BAD = {
   "no query": (b'{"positive": "p"}', r"""no "query"; .* has \['positive'\]"""),
   "no positive": (b'{"query": "q"}', 'no "positive"'),
   "query no string": (_line(query=3), '"query" must be a string, got int'),
-  "positive null": (_line(positive=None), '"positive" must be a string, got NoneType'),
+  "positive null": (_line(positive=None), 'no "positive"; a record needs'),
   "title no string": (_line(title=["t"]), '"title" must be a string, got list'),
   "label no string": (_line(label=3), '"label" must be a string, got int'),
   "query empty": (_line(query=""), '"query" is empty'),

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 
 from embgemma.errors import ConfigError
 from embgemma.models.embedder import Embedder
-from embgemma.training.loop import abstract_state
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import (
   LOGICAL_AXIS_RULES,
@@ -18,6 +17,7 @@ from embgemma.training.partitioning import (
   Partitioner,
   data_shards,
 )
+from embgemma.training.train_state import abstract_state
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 

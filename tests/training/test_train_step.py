@@ -7,9 +7,9 @@ import pytest
 
 from embgemma.data.reader import StepSource
 from embgemma.models.embedder import Embedder
-from embgemma.training.loop import abstract_state
 from embgemma.training.optimizers import OptimizerConfig, Schedule
 from embgemma.training.partitioning import Partitioner, data_shards
+from embgemma.training.train_state import abstract_state
 from embgemma.training.train_step import TrainStep, gradient_norms
 
 STEPS = 3
