@@ -200,6 +200,8 @@ def test_of_many_differences_ten_are_shown(tmp_path):
     CheckpointStore(tmp_path).restore(1, {"params": abstract(other)})
 
 
+# Tensorstore's threads go on when one has failed and Orbax has left its event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("lost", ["params", "params/_METADATA", "params/d"])
 def test_a_damaged_step(tmp_path, lost):
   store = CheckpointStore(tmp_path, CheckpointPolicy())
