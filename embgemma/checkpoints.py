@@ -64,10 +64,10 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
   except OSError as error:
     with contextlib.suppress(OSError):
       unfinished.unlink()
-    raise write_error(path, error) from error
+    raise _write_error(path, error) from error
 
 
-def write_error(path: os.PathLike[str] | str, error: OSError) -> CheckpointError:
+def _write_error(path: os.PathLike[str] | str, error: OSError) -> CheckpointError:
   """What to raise where a run's directory cannot be written."""
   full = error.errno in (errno.ENOSPC, errno.EDQUOT)
   remedy = "free space or choose another MODEL_DIR" if full else "check the directory"
@@ -75,6 +75,25 @@ def write_error(path: os.PathLike[str] | str, error: OSError) -> CheckpointError
     f"{path}: cannot be written: {error.strerror or error}; {remedy}. Complete "
     "checkpoints there are untouched; the same command resumes from the last."
   )
+
+
+@contextlib.contextmanager
+def write_errors(path: os.PathLike[str] | str) -> Iterator[None]:
+  """Turns what a failed write below `path` raises into a CheckpointError.
+
+  Args:
+    path: The file or directory that the message names.
+  """
+  try:
+    yield
+  except OSError as error:
+    raise _write_error(path, error) from error
+  except ValueError as error:
+    # tensorstore reports a full disk so.
+    if "space" not in str(error).lower():
+      raise
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise _write_error(path, full) from error
 
 
 def write_description(
@@ -192,7 +211,7 @@ class CheckpointStore:
       best_fn=best,  # without it Orbax keeps metrics in memory only
       enable_async_checkpointing=policy is not None,
     )
-    with self._write_errors():
+    with write_errors(self._directory):
       self._manager = ocp.CheckpointManager(self._directory.absolute(), options=options)
 
   def steps(self) -> list[int]:
@@ -228,28 +247,15 @@ class CheckpointStore:
     }
     if ema is not None:
       items["ema"] = ocp.args.StandardSave(ema)
-    with self._write_errors():
+    with write_errors(self._directory):
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics)
       )
 
   def wait(self) -> None:
     """Returns once every checkpoint is on disk."""
-    with self._write_errors():
+    with write_errors(self._directory):
       self._manager.wait_until_finished()
-
-  @contextlib.contextmanager
-  def _write_errors(self) -> Iterator[None]:
-    try:
-      yield
-    except OSError as error:
-      raise write_error(self._directory, error) from error
-    except ValueError as error:
-      # tensorstore reports a full disk so.
-      if "space" not in str(error).lower():
-        raise
-      full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-      raise write_error(self._directory, full) from error
 
   def close(self) -> None:
     self.wait()

@@ -5,17 +5,16 @@ installed: seconds and half a gigabyte that a trainer must not pay. The record f
 and the protocol messages are the tensorboard package's own.
 """
 
-import contextlib
 import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from embgemma.checkpoints import write_error
+from embgemma.checkpoints import write_errors
 
 
 class EventWriter:
@@ -32,7 +31,7 @@ class EventWriter:
   def __init__(self, directory: pathlib.Path):
     self._directory = directory
     name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-    with self._write_errors():
+    with write_errors(self._directory):
       directory.mkdir(parents=True, exist_ok=True)
       file = open(directory / name, "wb")  # noqa: SIM115 (closed by `close`)
     self._records = RecordWriter(file)
@@ -49,17 +48,10 @@ class EventWriter:
         for tag, value in sorted(values.items())
       ]
     )
-    with self._write_errors():
+    with write_errors(self._directory):
       self._write(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
       self._records.flush()
 
   def close(self) -> None:
-    with self._write_errors():
+    with write_errors(self._directory):
       self._records.close()
-
-  @contextlib.contextmanager
-  def _write_errors(self) -> Iterator[None]:
-    try:
-      yield
-    except OSError as error:
-      raise write_error(self._directory, error) from error
