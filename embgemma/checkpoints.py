@@ -1,7 +1,7 @@
 """Checkpoint directories: what a run writes and every other command reads.
 
     MODEL_DIR/
-      embedder.json      model configuration, prompts, lengths, format version
+      model.json         configuration, prompts, lengths, format version
       tokenizer.model    the vocabulary
       operative.gin      the configuration that wrote it, where there was one
       checkpoints/STEP/  params, ema (if kept), training, position (Orbax)
@@ -26,10 +26,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.models.config import EmbedderConfig
+from embgemma.models.config import BackboneConfig, EmbedderConfig
 from embgemma.typing import PyTree
 
 CHECKPOINT_FORMAT = 1
+_KINDS: dict[str, type[EmbedderConfig] | type[BackboneConfig]] = {
+  "embedder": EmbedderConfig,
+  "backbone": BackboneConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +41,33 @@ class Description:
   """What a checkpoint directory says about its model.
 
   Attributes:
-    config: Shapes.
+    config: Shapes of an embedder, or of pretrained stacks.
     lengths: Most tokens of query, positive and negatives in training.
     prompts: Names of prompts to their strings.
   """
 
-  config: EmbedderConfig
+  config: EmbedderConfig | BackboneConfig
   lengths: Mapping[str, int]
   prompts: Mapping[str, str]
+
+  @property
+  def embedder(self) -> EmbedderConfig:
+    """`config` of an embedder.
+
+    Raises:
+      CheckpointError: the checkpoint holds none.
+    """
+    if isinstance(self.config, EmbedderConfig):
+      return self.config
+    raise CheckpointError(
+      "the checkpoint holds pretrained stacks without pooling and heads; only an "
+      "embedder can do this"
+    )
+
+  @property
+  def max_length(self) -> int:
+    """Most tokens of any text in training."""
+    return max(self.lengths.values())
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
@@ -105,6 +128,7 @@ def write_description(
   """Writes everything of a checkpoint directory but the weights."""
   content = {
     "format": CHECKPOINT_FORMAT,
+    "kind": _kind(description.config),
     "model": description.config.to_json(),
     "lengths": dict(description.lengths),
     "prompts": dict(description.prompts),
@@ -113,8 +137,13 @@ def write_description(
   if operative_gin:
     write_atomically(model_dir / "operative.gin", operative_gin.encode())
   write_atomically(
-    model_dir / "embedder.json", json.dumps(content, indent=1).encode() + b"\n"
+    model_dir / "model.json", json.dumps(content, indent=1).encode() + b"\n"
   )
+
+
+def is_checkpoint(model_dir: pathlib.Path) -> bool:
+  """Whether a directory has a checkpoint's description."""
+  return (model_dir / "model.json").exists()
 
 
 def read_description(model_dir: pathlib.Path) -> Description:
@@ -123,7 +152,7 @@ def read_description(model_dir: pathlib.Path) -> Description:
   Raises:
     CheckpointError: there is none, it is damaged, or of a newer format.
   """
-  path = model_dir / "embedder.json"
+  path = model_dir / "model.json"
   try:
     content = json.loads(path.read_text())
     if content["format"] > CHECKPOINT_FORMAT:
@@ -131,20 +160,26 @@ def read_description(model_dir: pathlib.Path) -> Description:
         f"{path}: format {content['format']} is newer than this embgemma reads "
         f"({CHECKPOINT_FORMAT}); upgrade embgemma"
       )
-    config = _model_config(content["model"], path)
+    config = _model_config(content["kind"], content["model"], path)
     return Description(config, content["lengths"], content["prompts"])
   except FileNotFoundError as error:
     raise CheckpointError(
-      f"{model_dir}: not a checkpoint directory (no embedder.json); give a MODEL_DIR "
+      f"{model_dir}: not a checkpoint directory (no model.json); give a MODEL_DIR "
       "that embgemma wrote"
     ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f"{path}: damaged: {error!r}") from error
 
 
-def _model_config(content: Any, path: pathlib.Path) -> EmbedderConfig:
+def _kind(config: EmbedderConfig | BackboneConfig) -> str:
+  return next(kind for kind, of in _KINDS.items() if isinstance(config, of))
+
+
+def _model_config(
+  kind: str, content: Any, path: pathlib.Path
+) -> EmbedderConfig | BackboneConfig:
   try:
-    return EmbedderConfig.from_json(content)
+    return _KINDS[kind].from_json(content)
   except ConfigError as error:
     raise CheckpointError(f"{path}: {error}") from error
 
@@ -222,31 +257,32 @@ class CheckpointStore:
     self,
     step: int,
     params: PyTree,
-    ema: PyTree | None,
-    training: PyTree,
-    position: Mapping[str, Any],
-    metrics: Mapping[str, float] | None,
+    ema: PyTree | None = None,
+    training: PyTree | None = None,
+    position: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
   ) -> None:
     """Starts to write a checkpoint; the state may be donated once this returns.
 
     Args:
       step: Steps done.
-      params: The embedder's parameters.
+      params: The model's parameters.
       ema: Their average, or None.
-      training: Whatever else resuming needs.
-      position: Of the data, as JSON.
+      training: Whatever else resuming needs; None is weights without a run.
+      position: Of the data, as JSON; None likewise.
       metrics: Of an evaluation at this step.
 
     Raises:
       CheckpointError: it, or the one before it, could not be written.
     """
-    items = {
-      "params": ocp.args.StandardSave(params),
-      "training": ocp.args.StandardSave(training),
-      "position": ocp.args.JsonSave(dict(position)),
+    trees = {"params": params, "ema": ema, "training": training}
+    items: dict[str, Any] = {
+      name: ocp.args.StandardSave(tree)
+      for name, tree in trees.items()
+      if tree is not None
     }
-    if ema is not None:
-      items["ema"] = ocp.args.StandardSave(ema)
+    if position is not None:
+      items["position"] = ocp.args.JsonSave(dict(position))
     with write_errors(self._directory):
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics)
@@ -276,8 +312,13 @@ class CheckpointStore:
       raise CheckpointError(f"{self._directory}: no step {step}; there are {steps}")
     return step
 
-  def has_ema(self, step: int) -> bool:
-    return (self._directory / str(step) / "ema").is_dir()
+  def shipped_item(self, step: int) -> str:
+    """The item to evaluate and to ship: averaged parameters, where kept."""
+    return "ema" if (self._directory / str(step) / "ema").is_dir() else "params"
+
+  def can_resume(self, step: int) -> bool:
+    """Whether a run wrote this step, rather than an import."""
+    return (self._directory / str(step) / "position").is_dir()
 
   def position(self, step: int) -> dict[str, Any]:
     """The data position saved at a step."""

@@ -9,12 +9,11 @@ import pathlib
 import signal
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from embgemma import __version__
+from embgemma import __version__, outputs
 from embgemma.errors import ConfigError, DataError, EmbgemmaError
 
 
@@ -87,6 +86,48 @@ def _parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--output", help="JSON file for the results")
   evaluate.add_argument("--max_length", type=int)
   evaluate.add_argument("--tokens_per_batch", type=int, default=8192)
+  imported = command("import", "take over weights of another format")
+  imported.add_argument(
+    "--from",
+    dest="source_format",
+    required=True,
+    choices=("hf", "gemma", "t5gemma2"),
+    help="hf: a Hugging Face EmbeddingGemma or Gemma 3 text model; gemma: DeepMind's "
+    "Orbax checkpoint; t5gemma2: both stacks of a T5Gemma 2",
+  )
+  imported.add_argument("--source", required=True, help="directory with the weights")
+  imported.add_argument("--output", required=True, help="MODEL_DIR to make")
+  imported.add_argument(
+    "--tokenizer", help="SentencePiece model, where the source has none"
+  )
+  imported.add_argument("--overwrite", action="store_true", help="replace --output")
+
+  export = command("export", "write a checkpoint for other tools")
+  export.add_argument(
+    "--to",
+    dest="target_format",
+    required=True,
+    choices=("hf", "gguf"),
+    help="hf: a sentence-transformers directory; gguf: a file for llama.cpp",
+  )
+  export.add_argument(
+    "--checkpoint",
+    required=True,
+    help="MODEL_DIR, one of its steps, or a Hugging Face directory",
+  )
+  export.add_argument("--output", required=True, help="directory, or .gguf file")
+  export.add_argument(
+    "--dtype",
+    default="float32",
+    choices=("float32", "bfloat16", "float16", "q8_0"),
+    help="of the weights; q8_0 is for gguf",
+  )
+  export.add_argument(
+    "--max_length",
+    type=int,
+    help="tokens a text is cut to (hf); default is the longest in training",
+  )
+  export.add_argument("--overwrite", action="store_true", help="replace --output")
   return parser
 
 
@@ -247,26 +288,6 @@ def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[st
     yield text
 
 
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-  """A file that becomes `path` when the block ends, and vanishes if it fails."""
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-      with os.fdopen(handle, "wb") as file:
-        yield file
-      os.chmod(name, 0o644)
-      os.replace(name, path)
-    except BaseException:
-      pathlib.Path(name).unlink(missing_ok=True)
-      raise
-  except OSError as error:
-    raise DataError(
-      f"{path}: cannot be written: {error.strerror or error}; nothing was changed"
-    ) from error
-
-
 def _embed(options: argparse.Namespace) -> None:
   from embgemma.data import sources
   from embgemma.inference import vector_files
@@ -281,7 +302,7 @@ def _embed(options: argparse.Namespace) -> None:
   width = embedder.check_width(options.dim)
   skipped: list[str] = []
   texts = (prompt + text for text in _input_texts(options, skipped))
-  with _replacing(output) as file:
+  with outputs.new_file(output) as file:
     count = vector_files.write(file, output, embedder.stream(texts, width), width)
   print(f"{count:,} vectors of width {width}: {output}", file=sys.stderr)
   if skipped:
@@ -315,7 +336,7 @@ def _evaluate(options: argparse.Namespace) -> None:
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
   )
-  widths = embedder.description.config.matryoshka_widths
+  widths = embedder.description.embedder.matryoshka_widths
   if options.widths:
     try:
       widths = tuple(int(width) for width in options.widths.split(","))
@@ -324,15 +345,61 @@ def _evaluate(options: argparse.Namespace) -> None:
   evaluators = suite.evaluators(_evaluation_entries(options.data), widths)
   for evaluator in evaluators:
     evaluator.check()
-  columns = {
-    f"step {embedder.step}": {e.name: e.evaluate(embedder.encode) for e in evaluators}
-  }
+  columns = {embedder.name: {e.name: e.evaluate(embedder.encode) for e in evaluators}}
   if options.bm25:
     columns["BM25"] = suite.bm25_results(evaluators)
   if options.output:
-    with _replacing(pathlib.Path(options.output)) as file:
+    with outputs.new_file(pathlib.Path(options.output)) as file:
       file.write(json.dumps(columns, indent=1).encode() + b"\n")
   Console().print(results_table(columns))
+
+
+def _import(options: argparse.Namespace) -> None:
+  from embgemma.interop import conversion
+
+  output = pathlib.Path(options.output)
+  outputs.check_vacant(output, options.overwrite)
+  tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else None
+  model = conversion.load(
+    options.source_format, pathlib.Path(options.source), tokenizer
+  )
+  with outputs.new_directory(output, options.overwrite) as directory:
+    conversion.write_checkpoint(model, directory)
+  _print_notes(model.notes)
+  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+  for note in notes:
+    print(f"note: {note}", file=sys.stderr)
+
+
+def _export(options: argparse.Namespace) -> None:
+  from embgemma.evaluation import model_card
+  from embgemma.interop import conversion, gguf_file, sentence_transformers
+
+  output = pathlib.Path(options.output)
+  to_hf = options.target_format == "hf"
+  notes: tuple[str, ...] = ()
+  if to_hf and options.dtype not in ("float32", "bfloat16"):
+    raise ConfigError(
+      f"--dtype={options.dtype}: hf has float32 and bfloat16; q8_0 is a type of gguf, "
+      "and Gemma 3's activations exceed the largest float16 (65,504)"
+    )
+  if options.max_length and not to_hf:
+    raise ConfigError("--max_length is for hf; llama.cpp takes its context's length")
+  outputs.check_vacant(output, options.overwrite)
+  model = conversion.open_embedder(options.checkpoint)
+  if to_hf:
+    length = options.max_length or model.description.max_length
+    card = model_card.model_card(model, output.name, options.dtype, length)
+    with outputs.new_directory(output, options.overwrite) as directory:
+      notes = sentence_transformers.write(model, directory, options.dtype, length, card)
+  else:
+    with outputs.new_path(output) as path:
+      gguf_file.write(model, path, gguf_file.TYPE_OF_DTYPE[options.dtype])
+  _print_notes((*model.notes, *notes))
+  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -379,8 +446,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
       _explain(options, bindings)
     elif options.command == "embed":
       _embed(options)
-    else:
+    elif options.command == "eval":
       _evaluate(options)
+    elif options.command == "import":
+      _import(options)
+    else:
+      _export(options)
   except EmbgemmaError as error:
     print(f"embgemma: error: {error}", file=sys.stderr)
     raise SystemExit(1) from None

@@ -31,10 +31,10 @@ def register() -> None:
   from embgemma.data import sources, tasks
   from embgemma.losses import objective
   from embgemma.models import config
-  from embgemma.training import loop, optimizers, partitioning
+  from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
 
   for module, names in (
-    (config, ("TransformerConfig", "EmbedderConfig")),
+    (config, ("TransformerConfig", "EmbedderConfig", "LoraConfig")),
     (objective, ("Objective", "Nce", "SpreadOut", "EmbeddingMatching")),
     (sources, ("BuiltinSource", "JsonlSource", "TfdsSource", "TfrecordSource")),
     (tasks, ("Task", "DataConfig", "builtin_tasks", "jsonl_tasks")),
@@ -42,6 +42,10 @@ def register() -> None:
     (partitioning, ("Partitioner",)),
     (checkpoints, ("CheckpointPolicy",)),
     (loop, ("Intervals",)),
+    (
+      initial_checkpoint,
+      ("checkpoint_model", "checkpoint_vocabulary", "checkpoint_widths"),
+    ),
   ):
     for name in names:
       constructor = _type_checked(name, getattr(module, name))
@@ -231,7 +235,7 @@ def train_arguments(allowed: Sequence[str] = ()) -> dict[str, Any]:
 
 def _check_model() -> None:
   try:
-    gin.query_parameter("EmbedderConfig.transformer")
+    gin.query_parameter("MODEL/gin.macro.value")
   except ValueError as error:
     raise ConfigError(
       "gin: no model; give a --gin_file of gin/models/ before the stage's"

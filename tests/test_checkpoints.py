@@ -86,7 +86,7 @@ def test_restores_every_bit(tmp_path):
   reader = CheckpointStore(tmp_path)
   step = reader.resolve_step(None)
   assert step == 3
-  assert reader.has_ema(step)
+  assert reader.shipped_item(step) == "ema"
   assert reader.position(step) == {"next_step": 3}
   expected = {"params": some_params(3), "training": training(3), "ema": some_params(50)}
   found = reader.restore(step, abstract(expected))
@@ -265,7 +265,7 @@ def test_description(tmp_path, vocabulary):
   assert read_vocabulary(tmp_path).serialized == vocabulary.serialized
   assert (tmp_path / "operative.gin").read_text() == "train.seed = 1\n"
   names = {path.name for path in tmp_path.iterdir()}
-  assert names == {"embedder.json", "tokenizer.model", "operative.gin"}
+  assert names == {"model.json", "tokenizer.model", "operative.gin"}
 
 
 def test_description_without_gin(tmp_path, vocabulary):
@@ -280,7 +280,9 @@ def test_no_description(tmp_path):
 
 def with_model(**changes) -> str:
   model = {**CONFIG.to_json(), **changes}
-  return json.dumps({"format": 1, "lengths": {}, "prompts": {}, "model": model})
+  return json.dumps(
+    {"format": 1, "kind": "embedder", "lengths": {}, "prompts": {}, "model": model}
+  )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +295,11 @@ def with_model(**changes) -> str:
     ("\x00\x01", "damaged"),
     ('{"format": 1}', "damaged"),
     ('{"format": "new"}', "damaged"),
-    ('{"format": 1, "model": null, "lengths": {}, "prompts": {}}', "json: "),
+    (
+      '{"format": 1, "kind": "embedder", "model": null, "lengths": {}, "prompts": {}}',
+      "json: ",
+    ),
+    ('{"format": 1, "kind": "toaster", "model": {}}', "damaged"),
     (with_model(hidden_width=0), "hidden_width"),
     (with_model(wings=2), "another version"),
     (with_model(transformer={"vocab_size": 4}), "another version"),
@@ -301,7 +307,7 @@ def with_model(**changes) -> str:
   ],
 )
 def test_a_damaged_description(tmp_path, content, message):
-  path = tmp_path / "embedder.json"
+  path = tmp_path / "model.json"
   path.write_text(content)
   with pytest.raises(CheckpointError, match=message) as caught:
     read_description(tmp_path)
@@ -309,7 +315,7 @@ def test_a_damaged_description(tmp_path, content, message):
 
 
 def test_a_description_that_is_not_text(tmp_path):
-  (tmp_path / "embedder.json").write_bytes(b"\xff\xfe\x00")
+  (tmp_path / "model.json").write_bytes(b"\xff\xfe\x00")
   with pytest.raises(CheckpointError, match="damaged"):
     read_description(tmp_path)
 

@@ -95,6 +95,11 @@ class SentencePieceVocabulary:
       )
     self.pad_id, self.eos_id, self.bos_id = ids.values()
 
+  @property
+  def effective_model(self) -> ModelProto:
+    """The model that encodes: the file's, its control-named pieces made CONTROL."""
+    return ModelProto.FromString(self._processor.serialized_model_proto())
+
   def piece_id(self, piece: str) -> int:
     """Returns the id of a piece, or raises DataError where there is none."""
     token_id = self._processor.piece_to_id(piece)  # The unk id for what is no piece.

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import NamedSharding
 
-from embgemma import checkpoints
 from embgemma.data import packing
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError, DataError
+from embgemma.interop import conversion
 from embgemma.losses.matryoshka import truncate
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, abstract_packed_texts
+from embgemma.models.embedder import Embedder
 from embgemma.typing import Float, PackedTexts, Params
 
 # Texts sorted by length together: enough to pack well, few enough to hold.
@@ -144,24 +143,21 @@ class TextEncoder:
     return indices, packing.place_texts(texts, layouts, length, rows, slots)
 
 
-def abstract_params(config: EmbedderConfig) -> Params:
-  """Shapes and dtypes of a model's parameters, without axis boxes."""
-  shapes = jax.eval_shape(
-    Embedder(config).init, jax.random.key(0), abstract_packed_texts()
-  )
-  return nn.unbox(shapes)["params"]
-
-
 class CheckpointEmbedder:
-  """A checkpoint directory, ready to embed.
+  """A checkpoint or a Hugging Face directory, ready to embed.
 
   Args:
-    checkpoint: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP.
+    checkpoint: A MODEL_DIR, MODEL_DIR/checkpoints/STEP, or the directory of an
+      EmbeddingGemma-like model as sentence-transformers keeps it.
     max_length: Tokens after which a text is cut; None is the longest in training.
     tokens_per_batch: Token slots of one device call.
 
+  Attributes:
+    description: Of the model.
+    name: "step N", or the directory's name.
+
   Raises:
-    CheckpointError: not a checkpoint directory, or a damaged one.
+    CheckpointError: neither of them, or a damaged one.
   """
 
   def __init__(
@@ -170,23 +166,19 @@ class CheckpointEmbedder:
     max_length: int | None = None,
     tokens_per_batch: int = 8192,
   ):
-    directory, step = checkpoints.locate(pathlib.Path(checkpoint))
-    self.description = checkpoints.read_description(directory)
-    store = checkpoints.CheckpointStore(directory)
-    self.step = store.resolve_step(step)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      abstract_params(self.description.config),
+    model = conversion.open_embedder(checkpoint)
+    self.name = (
+      pathlib.Path(checkpoint).name if model.step is None else f"step {model.step}"
     )
-    item = "ema" if store.has_ema(self.step) else "params"
-    self._params = store.restore(self.step, {item: abstract})[item]
+    self.description = model.description
+    self._config = model.description.embedder
     self._encoder = TextEncoder(
-      self.description.config,
-      checkpoints.read_vocabulary(directory),
-      max_length or max(self.description.lengths.values()),
+      self._config,
+      model.vocabulary,
+      max_length or model.description.max_length,
       tokens_per_batch,
     )
+    self._params = jax.device_put(model.params, jax.devices()[0])
 
   def prompt(self, name: str) -> str:
     """The text of a named prompt.
@@ -210,7 +202,7 @@ class CheckpointEmbedder:
     Raises:
       ConfigError: wider than the model's embeddings.
     """
-    full = self.description.config.embedding_width
+    full = self._config.embedding_width
     if width is not None and not 1 <= width <= full:
       raise ConfigError(f"width {width} is not in 1..{full}, the model's width")
     return width or full

@@ -40,11 +40,14 @@ def attention_mask(
 
 
 def rotary_angles(
-  positions: Int[ArrayLike, "R L"], head_dim: int, base: float
+  positions: Int[ArrayLike, "R L"], head_dim: int, base: float, factor: float = 1.0
 ) -> tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]]:
-  """Cosine and sine of RoPE in float32, whatever the compute dtype."""
+  """Cosine and sine of RoPE in float32, whatever the compute dtype.
+
+  Positions are divided by `factor`.
+  """
   exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions[..., None].astype(jnp.float32) / (base**exponents)
+  angles = positions[..., None].astype(jnp.float32) / (factor * base**exponents)
   return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
 
 

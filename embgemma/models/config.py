@@ -1,7 +1,10 @@
 """Model configurations: frozen dataclasses that gin builds and checkpoints keep."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from embgemma.errors import ConfigError
@@ -20,6 +23,17 @@ GEMMA3_PATTERN = ("local",) * 5 + ("global",)
 def _require(condition: bool, message: str) -> None:
   if not condition:
     raise ConfigError(message)
+
+
+@contextlib.contextmanager
+def _known_keys() -> Iterator[None]:
+  """Turns what a wrong key raises into a ConfigError."""
+  try:
+    yield
+  except (KeyError, TypeError) as error:
+    raise ConfigError(
+      f"model configuration: {error}; it was written by another version of embgemma"
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +55,8 @@ class TransformerConfig:
       sliding_window 512: (511, 0).
     rope_base_local: RoPE base of local layers.
     rope_base_global: RoPE base of global layers.
+    rope_factor_global: Positions of global layers are divided by it ("linear"
+      scaling): 8 in T5Gemma 2 and in Gemma 3 from 4B on.
     query_scalar: Queries are scaled by query_scalar ** -0.5; None is head_dim.
     norm_epsilon: Added to the mean square inside RMSNorm.
     initial_branch_gain: Gain (1 + scale) that the norms after attention and
@@ -65,6 +81,7 @@ class TransformerConfig:
   window: Sequence[int] = (256, 256)
   rope_base_local: float = 10_000.0
   rope_base_global: float = 1_000_000.0
+  rope_factor_global: float = 1.0
   query_scalar: float | None = None
   norm_epsilon: float = 1e-6
   initial_branch_gain: float = 1.0
@@ -141,6 +158,55 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters beside frozen kernels (arXiv 2106.09685).
+
+  Attributes:
+    rank: r, columns of A and rows of B.
+    alpha: The adapters' product is scaled by alpha / rank (section 4.1).
+    targets: Patterns searched in the path of a linear map, such as
+      "encoder/groups/layer_0/attention/query". The default is every map of the
+      encoder's layers, as QLoRA advises (arXiv 2305.14314, section 4).
+  """
+
+  rank: int = 16
+  alpha: float = 32.0
+  targets: Sequence[str] = (
+    "encoder/.*/attention/(query|key|value|output)$",
+    "encoder/.*/mlp/(gate|up|down)$",
+  )
+
+  def __post_init__(self):
+    _require(
+      isinstance(self.rank, int) and self.rank > 0,
+      f"LoraConfig.rank must be a positive integer, got {self.rank!r}",
+    )
+    _require(
+      0 < self.alpha < math.inf,
+      f"LoraConfig.alpha must be > 0 and finite, got {self.alpha!r}",
+    )
+    _require(
+      isinstance(self.targets, Sequence)
+      and not isinstance(self.targets, str)
+      and bool(self.targets),
+      f"LoraConfig.targets must be a list of patterns, got {self.targets!r}",
+    )
+    object.__setattr__(self, "targets", tuple(self.targets))
+    for pattern in self.targets:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ConfigError(
+          f"LoraConfig.targets: {pattern!r} is no pattern: {error}"
+        ) from error
+
+  @property
+  def scale(self) -> float:
+    """Factor on the product of the adapters."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbedderConfig:
   """An encoder, a pooler and the two linear heads (arXiv 2509.20354, section 2.1).
 
@@ -148,20 +214,28 @@ class EmbedderConfig:
     transformer: The encoder.
     pooler: "mean", "first", "last" or "attention".
     pooler_heads: Heads of the attention pooler; divides the encoder's width.
-    hidden_width: d_U, between the two heads (EmbeddingGemma: 3072).
-    embedding_width: d, of the result (EmbeddingGemma: 768).
+    hidden_width: d_U, between the two heads (EmbeddingGemma: 3072); None is a model
+      without heads.
+    embedding_width: d, of the result (EmbeddingGemma: 768); without heads the
+      encoder's width.
     matryoshka_widths: Prefix lengths trained to stand alone, widest first.
+    lora: Adapters beside the kernels; None is a model without.
   """
 
   transformer: TransformerConfig
   pooler: str = "mean"
   pooler_heads: int = 4
-  hidden_width: int = 3072
+  hidden_width: int | None = 3072
   embedding_width: int = 768
   matryoshka_widths: Sequence[int] = (768, 512, 256, 128)
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "matryoshka_widths", tuple(self.matryoshka_widths))
+    _require(
+      self.lora is None or isinstance(self.lora, LoraConfig),
+      f"EmbedderConfig.lora must be a LoraConfig or None, got {self.lora!r}",
+    )
     _require(
       isinstance(self.transformer, TransformerConfig),
       "EmbedderConfig.transformer must be a TransformerConfig, "
@@ -180,9 +254,15 @@ class EmbedderConfig:
     for field in ("hidden_width", "embedding_width"):
       value = getattr(self, field)
       _require(
-        isinstance(value, int) and value > 0,
+        (isinstance(value, int) and value > 0)
+        or (value is None and field == "hidden_width"),
         f"EmbedderConfig.{field} must be a positive integer, got {value!r}",
       )
+    _require(
+      self.hidden_width is not None or self.embedding_width == self.transformer.width,
+      f"EmbedderConfig.embedding_width ({self.embedding_width}) must be the encoder's "
+      f"width ({self.transformer.width}) where hidden_width is None (no heads)",
+    )
     for width in self.matryoshka_widths:
       _require(
         0 < width <= self.embedding_width,
@@ -201,11 +281,44 @@ class EmbedderConfig:
     Raises:
       ConfigError: a key is unknown or missing.
     """
-    try:
-      return cls(
-        **{**values, "transformer": TransformerConfig(**values["transformer"])}
-      )
-    except (KeyError, TypeError) as error:
-      raise ConfigError(
-        f"model configuration: {error}; it was written by another version of embgemma"
-      ) from error
+    with _known_keys():
+      parts: dict[str, Any] = {
+        "transformer": TransformerConfig(**values["transformer"])
+      }
+      if values.get("lora") is not None:
+        parts["lora"] = LoraConfig(**values["lora"])
+      return cls(**{**values, **parts})
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+  """Pretrained stacks that are no embedder yet: without pooling and heads.
+
+  Attributes:
+    encoder: None in a decoder-only model.
+    decoder: With an encoder it has no token table of its own: T5Gemma 2 shares one
+      (arXiv 2512.14856).
+  """
+
+  encoder: TransformerConfig | None = None
+  decoder: TransformerConfig | None = None
+
+  def __post_init__(self):
+    _require(
+      self.encoder is not None or self.decoder is not None,
+      "BackboneConfig needs an encoder or a decoder",
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """A JSON object from which `from_json` builds an equal configuration."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, values: dict[str, Any]) -> "BackboneConfig":
+    """The configuration kept in a checkpoint.
+
+    Raises:
+      ConfigError: a key is unknown or missing.
+    """
+    with _known_keys():
+      return cls(**{k: v and TransformerConfig(**v) for k, v in values.items()})

@@ -1,11 +1,13 @@
 """The embedding function: packed texts to unit vectors."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from embgemma.models import lora
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.layers import linear
 from embgemma.models.poolers import Pooler
@@ -27,20 +29,44 @@ class Embedder(nn.Module):
       packed.tokens, packed.positions, packed.text_ids
     )
     pooled = Pooler(cfg.pooler, cfg.pooler_heads, name="pooler")(hidden, packed)
-    x = linear(cfg.hidden_width, ("embed", "projection"), dtype, "projection_up")(
-      pooled.astype(dtype)
-    )
-    x = linear(
-      cfg.embedding_width, ("projection", "embedding"), dtype, "projection_down"
-    )(x)
+    x = pooled.astype(dtype)
+    if cfg.hidden_width is not None:
+      x = linear(cfg.hidden_width, ("embed", "projection"), dtype, "projection_up")(x)
+      x = linear(
+        cfg.embedding_width, ("projection", "embedding"), dtype, "projection_down"
+      )(x)
     x = x.astype(jnp.float32)
     # The bound keeps the gradient of an empty slot finite.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
   def embed(self, params: Params, packed: PackedTexts) -> Float[Array, "N E"]:
-    """`__call__` with explicit parameters: what training and inference both call."""
-    vectors: Any = self.apply({"params": params}, packed)
+    """`__call__` with explicit parameters: what training and inference both call.
+
+    Adapters take part with their scale, which `apply` alone would leave out.
+    """
+    scaled = lora.scaled(params, self.config.lora)
+    vectors: Any = self.apply({"params": scaled}, packed)
     return vectors
+
+
+def init_params(config: EmbedderConfig, key: Array) -> Params:
+  """Fresh parameters, adapters included, float32 in flax's logical-axis boxes.
+
+  With adapters the others are those of the model without, bit for bit.
+
+  Raises:
+    ConfigError: see `lora.add`.
+  """
+  params = Embedder(config).init(key, abstract_packed_texts())["params"]
+  if config.lora is None:
+    return params
+  return lora.add(params, config.lora, jax.random.fold_in(key, 1))
+
+
+def abstract_params(config: EmbedderConfig) -> Params:
+  """Shapes and dtypes of `init_params`, without axis boxes."""
+  init = functools.partial(init_params, config)
+  return nn.unbox(jax.eval_shape(init, jax.random.key(0)))
 
 
 def abstract_packed_texts() -> PackedTexts:

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from embgemma.models import attention
+from embgemma.models import attention, lora
 from embgemma.models.config import TransformerConfig
-from embgemma.typing import Array, Bool, DTypeLike, Float
+from embgemma.typing import Array, ArrayLike, Bool, DTypeLike, Float
 
 # Norms keep the scale of the residual branches, so plain fan-in scaling serves
 # at every depth.
@@ -47,18 +48,42 @@ class RMSNorm(nn.Module):
     return (y * (1.0 + scale)).astype(x.dtype)
 
 
-def linear(
-  features: int, axes: tuple[str, str], dtype: DTypeLike, name: str
-) -> nn.Dense:
-  """A bias-free map with a 2-D kernel [in, out], float32 parameters."""
-  return nn.Dense(
-    features,
-    use_bias=False,
-    dtype=dtype,
-    param_dtype=jnp.float32,
-    kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-    name=name,
-  )
+class Linear(nn.Module):
+  """A bias-free map with a 2-D kernel [in, out], float32 parameters.
+
+  It adds the adapters that its parameters have. They are not of its making:
+  `lora.add` draws them and `lora.scaled` gives B its factor, so that no layer needs
+  to know which maps have any.
+  """
+
+  features: int
+  axes: tuple[str, str]
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+    kernel: Any = self.param(
+      "kernel",
+      nn.with_logical_partitioning(kernel_init, self.axes),
+      (x.shape[-1], self.features),
+      jnp.float32,
+    )
+    x = jnp.asarray(x, self.dtype)
+    y = self._multiply(x, kernel)
+    if not self.has_variable("params", lora.A):
+      return y
+    a: Any = self.get_variable("params", lora.A)
+    b: Any = self.get_variable("params", lora.B)
+    return y + self._multiply(self._multiply(x, a), b)
+
+  def _multiply(self, x: Array, matrix: ArrayLike) -> Array:
+    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, jnp.asarray(matrix, self.dtype), dimensions)
+
+
+def linear(features: int, axes: tuple[str, str], dtype: DTypeLike, name: str) -> Linear:
+  """A Linear with its arguments in order."""
+  return Linear(features, axes, dtype, name=name)
 
 
 class Attention(nn.Module):

@@ -68,11 +68,11 @@ class Transformer(nn.Module):
     inputs = {
       kind: AttentionInputs(
         attention.attention_mask(cfg, kind, text_ids),
-        attention.rotary_angles(positions, cfg.head_dim, base),
+        attention.rotary_angles(positions, cfg.head_dim, base, factor),
       )
-      for kind, base in (
-        ("local", cfg.rope_base_local),
-        ("global", cfg.rope_base_global),
+      for kind, base, factor in (
+        ("local", cfg.rope_base_local, 1.0),
+        ("global", cfg.rope_base_global, cfg.rope_factor_global),
       )
       if kind in cfg.layer_kinds
     }

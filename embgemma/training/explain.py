@@ -13,22 +13,24 @@ from embgemma.data.tasks import DataConfig
 from embgemma.losses.objective import Objective
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import Embedder
-from embgemma.training.optimizers import OptimizerConfig
+from embgemma.training.optimizers import OptimizerConfig, split_trainable
 from embgemma.training.partitioning import Partitioner, data_shards
 from embgemma.training.train_state import abstract_state
 from embgemma.typing import PyTree
 
 
 def parameter_counts(params: PyTree) -> dict[str, int]:
-  """Parameters of the table, the layers and the heads, and of all."""
+  """Parameters of the table, the layers (adapters included), the heads, and of all."""
   embedder = dict(params["embedder"])
   encoder = dict(embedder.pop("encoder"))
   parts = {"table": encoder.pop("embedder"), "layers": encoder, "heads": embedder}
-  counts = {
-    name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-    for name, tree in parts.items()
-  }
+  counts = {name: count(tree) for name, tree in parts.items()}
   return counts | {"total": sum(counts.values())}
+
+
+def count(tree: PyTree) -> int:
+  """Elements of the tree's arrays."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree: PyTree) -> int:
@@ -70,18 +72,22 @@ def explain(
     mesh,
   )
   sizes = Table(title="model", show_header=False)
-  for name, count in parameter_counts(state.params).items():
-    sizes.add_row(f"parameters: {name}", f"{count:,}")
+  trainable, frozen = split_trainable(state.params, optimizer.trainable)
+  counts = parameter_counts(state.params)
+  counts |= {"trainable": count(trainable), "frozen": count(frozen)}
+  for name, number in counts.items():
+    sizes.add_row(f"parameters: {name}", f"{number:,}")
   mib = 1 / 2**20
   params = bytes_per_device(state.params) * mib
+  gradients = bytes_per_device(trainable) * mib
   optimizer_state = bytes_per_device(state.opt_state) * mib
   averaged = bytes_per_device(state.ema) * mib
   for name, size in (
     ("parameters", params),
-    ("gradients", params),
+    ("gradients", gradients),
     ("optimizer state", optimizer_state),
     ("averaged parameters", averaged),
-    ("sum, without activations", 2 * params + optimizer_state + averaged),
+    ("sum, without activations", params + gradients + optimizer_state + averaged),
   ):
     sizes.add_row(f"memory per device: {name}", f"{size:,.1f} MiB")
   devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())

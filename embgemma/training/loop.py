@@ -140,6 +140,11 @@ def _initial_state(
   """The newest checkpoint of the run, or a new state; and the steps done."""
   if run.store.steps():
     step = run.store.resolve_step(None)
+    if not run.store.can_resume(step):
+      raise ConfigError(
+        f"{run.model_dir} holds imported weights, not a run; train in a new MODEL_DIR "
+        f"with INITIAL_CHECKPOINT_PATH = '{run.model_dir}'"
+      )
     if step > run.train_steps:
       raise ConfigError(
         f"{run.model_dir} is at step {step} already; set TRAIN_STEPS to at least that, "
@@ -162,7 +167,7 @@ def _initial_state(
     return state, step
   state = init(jax.random.key(seed))
   if initial is not None:
-    state = with_initial_params(state, initial, abstract)
+    state = with_initial_params(state, initial, abstract, run.encoder.config)
   return state, 0
 
 
@@ -343,7 +348,13 @@ def train(
   for evaluator in evaluators:
     evaluator.check()
   vocabulary = SentencePieceVocabulary(manifest.vocabulary)
-  step_fn = TrainStep(embedder, objective, optimizer.build(train_steps), ema_decay)
+  step_fn = TrainStep(
+    embedder,
+    objective,
+    optimizer.build(train_steps),
+    ema_decay,
+    optimizer.trainable,
+  )
   init, abstract = abstract_state(
     embedder,
     objective,
@@ -414,9 +425,9 @@ def train(
 def _check_same_model(
   directory: pathlib.Path, description: checkpoints.Description
 ) -> None:
-  if not (directory / "embedder.json").exists():
+  if not (directory / "model.json").exists():
     return
-  kept = checkpoints.read_description(directory).config
+  kept = checkpoints.read_description(directory).embedder
   if kept != description.config:
     new, old = description.config.to_json(), kept.to_json()
     pairs = [(k, old[k], new[k]) for k in new if k != "transformer"]

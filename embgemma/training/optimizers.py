@@ -3,13 +3,15 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import optax
+from flax import traverse_util
 
 from embgemma.errors import ConfigError
-from embgemma.typing import PyTree
+from embgemma.models import lora
+from embgemma.typing import Params, PyTree
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -96,6 +98,9 @@ class OptimizerConfig:
     epsilon: AdamW's.
     rate_multipliers: Pattern searched in a parameter's path, such as
       "projection_(up|down)", to a factor on its learning rate.
+    trainable: Patterns searched in the embedder's parameter paths, such as
+      "embedder/projection_up/kernel"; what none of them finds stays as it is. None
+      is everything, or the adapters alone where the model has any.
   """
 
   name: str = "adamw"
@@ -106,6 +111,7 @@ class OptimizerConfig:
   b2: float = 0.95
   epsilon: float = 1e-8
   rate_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  trainable: Sequence[str] | None = None
 
   def __post_init__(self):
     if self.name not in OPTIMIZERS:
@@ -116,16 +122,18 @@ class OptimizerConfig:
       raise ConfigError(
         f"OptimizerConfig.clip_norm must be > 0 or None, got {self.clip_norm!r}"
       )
-    for pattern in self.rate_multipliers:
-      try:
-        re.compile(pattern)
-      except re.error as error:
+    _check_patterns("rate_multipliers", self.rate_multipliers)
+    if self.trainable is not None:
+      if isinstance(self.trainable, str) or not self.trainable:
         raise ConfigError(
-          f"OptimizerConfig.rate_multipliers: {pattern!r} is no pattern: {error}"
-        ) from error
+          "OptimizerConfig.trainable must be a list of patterns, or None, got "
+          f"{self.trainable!r}"
+        )
+      object.__setattr__(self, "trainable", tuple(self.trainable))
+      _check_patterns("trainable", self.trainable)
 
   def build(self, train_steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a run."""
+    """The optax transformation of a run's trainable parameters."""
 
     def decayed(params: PyTree) -> PyTree:
       return jax.tree_util.tree_map_with_path(
@@ -156,7 +164,8 @@ class OptimizerConfig:
       ]
       if unmatched:
         raise ConfigError(
-          f"OptimizerConfig.rate_multipliers: {sorted(unmatched)} match no parameter"
+          f"OptimizerConfig.rate_multipliers: {sorted(unmatched)} match no parameter "
+          "that is trained"
         )
       return optax.EmptyState()
 
@@ -171,6 +180,54 @@ class OptimizerConfig:
       return jax.tree_util.tree_map_with_path(scaled, updates), state
 
     return optax.GradientTransformation(check, scale)
+
+
+def split_trainable(
+  params: Params, patterns: Sequence[str] | None
+) -> tuple[Params, Params]:
+  """The parameters that training changes, and the others: subtrees without holes.
+
+  Args:
+    params: {"embedder": ..., "objective": ...}; the objective's are all trainable.
+    patterns: `OptimizerConfig.trainable`.
+
+  Raises:
+    ConfigError: a pattern matches no parameter of the embedder.
+  """
+  flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
+  names = {path: "/".join(path) for path in flat if path[0] == "embedder"}
+  if patterns is None:
+    has_adapters = any(re.search(lora.PATTERN, name) for name in names.values())
+    patterns = (lora.PATTERN,) if has_adapters else ("",)
+  for pattern in patterns:
+    if not any(re.search(pattern, name) for name in names.values()):
+      examples = ", ".join(sorted(names.values())[:4])
+      raise ConfigError(
+        f"OptimizerConfig.trainable: {pattern!r} matches no parameter of the embedder; "
+        f"it has {len(names)}, such as {examples}"
+      )
+  frozen = {
+    path: flat.pop(path)
+    for path, name in names.items()
+    if not any(re.search(pattern, name) for pattern in patterns)
+  }
+  return traverse_util.unflatten_dict(flat), traverse_util.unflatten_dict(frozen)
+
+
+def join(trainable: Params, frozen: Params) -> Params:
+  """The leaves of both trees: what `split_trainable` took apart."""
+  flat = traverse_util.flatten_dict(trainable, keep_empty_nodes=True)
+  return traverse_util.unflatten_dict(flat | traverse_util.flatten_dict(frozen))
+
+
+def _check_patterns(field: str, patterns: Iterable[str]) -> None:
+  for pattern in patterns:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ConfigError(
+        f"OptimizerConfig.{field}: {pattern!r} is no pattern: {error}"
+      ) from error
 
 
 def _parameter(path: tuple) -> str:

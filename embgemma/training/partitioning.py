@@ -29,6 +29,7 @@ LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
   ("mlp", "tensor"),
   ("projection", "tensor"),
   ("embedding", None),
+  ("lora", None),  # ranks are small; the other axis of an adapter may be split
   ("teacher", None),
 )
 

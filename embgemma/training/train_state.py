@@ -1,7 +1,7 @@
 """What a training run changes from step to step."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,9 +13,12 @@ from jax.sharding import Mesh
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
+from embgemma.errors import CheckpointError
 from embgemma.losses.objective import Objective
-from embgemma.models.embedder import Embedder, abstract_packed_texts
-from embgemma.training.optimizers import OptimizerConfig
+from embgemma.models import lora
+from embgemma.models.config import EmbedderConfig
+from embgemma.models.embedder import Embedder, init_params
+from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
 from embgemma.training.partitioning import Partitioner
 from embgemma.typing import PyTree
 
@@ -27,7 +30,7 @@ class TrainState:
   Attributes:
     step: int32 scalar, steps done.
     params: {"embedder": the model's, "objective": learned by loss terms}, float32.
-    opt_state: optax's.
+    opt_state: optax's, of the trainable parameters.
     ema: Exponential moving average of params["embedder"], or None.
   """
 
@@ -48,17 +51,23 @@ def init_train_state(
   objective: Objective,
   optimizer: optax.GradientTransformation,
   keep_ema: bool,
+  trainable: Sequence[str] | None = None,
 ) -> TrainState:
-  """A new state; parameters in flax's logical-axis boxes (see `nn.unbox`)."""
+  """A new state; parameters in flax's logical-axis boxes (see `nn.unbox`).
+
+  Raises:
+    ConfigError: see `init_params` and `split_trainable`.
+  """
   model_key, objective_key = jax.random.split(key)
-  embedder = model.init(model_key, abstract_packed_texts())["params"]
+  embedder = init_params(model.config, model_key)
   params = {
     "embedder": embedder,
     "objective": objective.init(objective_key, model.config.embedding_width),
   }
   # Copied: a buffer that appears twice in a donated state cannot be donated.
   ema = jax.tree.map(jnp.copy, embedder) if keep_ema else None
-  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+  opt_state = optimizer.init(split_trainable(params, trainable)[0])
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
 
 def unbox(tree: PyTree) -> PyTree:
@@ -79,7 +88,9 @@ def abstract_state(
   transformation = optimizer.build(train_steps)
 
   def boxed(key: jax.Array) -> TrainState:
-    return init_train_state(key, model, objective, transformation, keep_ema)
+    return init_train_state(
+      key, model, objective, transformation, keep_ema, optimizer.trainable
+    )
 
   shapes = jax.eval_shape(boxed, jax.random.key(0))
   shardings = partitioner.state_shardings(shapes, mesh)
@@ -138,18 +149,40 @@ def restored_state(
 
 
 def with_initial_params(
-  state: TrainState, path: str, abstract: TrainState
+  state: TrainState, path: str, abstract: TrainState, config: EmbedderConfig
 ) -> TrainState:
   """The fresh state with the embedder's parameters of another checkpoint.
 
+  Adapters stay fresh if that checkpoint has none.
+
+  Args:
+    state: Of `abstract_state`'s function.
+    path: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP.
+    abstract: Of `abstract_state`.
+    config: Of the state's model.
+
   Raises:
-    CheckpointError: see `CheckpointStore.restore`.
+    CheckpointError: its adapters are others than this model's; see also
+      `CheckpointStore.restore`.
   """
   directory, step = checkpoints.locate(path)
+  theirs = checkpoints.read_description(directory).embedder.lora
+  if theirs is not None and theirs != config.lora:
+    raise CheckpointError(
+      f"{directory} has adapters {theirs}, this model {config.lora}; set "
+      "LoraConfig to the checkpoint's, or merge its adapters: `embgemma export "
+      "--to=hf`, then `embgemma import --from=hf`"
+    )
   store = CheckpointStore(directory)
   step = store.resolve_step(step)
-  item = "ema" if store.has_ema(step) else "params"
-  found = store.restore(step, {item: abstract.params["embedder"]})[item]
+  item = store.shipped_item(step)
+  expected = abstract.params["embedder"]
+  if theirs is None:
+    expected, _ = lora.split(expected)
+  found = store.restore(step, {item: expected})[item]
+  if theirs is None:
+    _, fresh = lora.split(state.params["embedder"])
+    found = join(found, fresh)
   ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
   params = {**state.params, "embedder": found}
   return dataclasses.replace(state, params=params, ema=ema)

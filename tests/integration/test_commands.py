@@ -19,7 +19,7 @@ def test_train_writes_a_model_directory(trained):
   names = {path.name for path in trained.iterdir()}
   assert names == {
     "checkpoints",
-    "embedder.json",
+    "model.json",
     "evaluations.json",
     "operative.gin",
     "tensorboard",
@@ -78,7 +78,7 @@ def test_finetune_starts_from_another_checkpoint(
   key = "ndcg@10/32"
   assert kept["0"]["plain"][key] == pytest.approx(source["30"]["plain"][key], abs=1e-6)
   store = CheckpointStore(tmp_path / "run")
-  assert store.has_ema(store.resolve_step(None))
+  assert store.shipped_item(store.resolve_step(None)) == "ema"
 
 
 def embed(workspace, *flags: str) -> subprocess.CompletedProcess[str]:

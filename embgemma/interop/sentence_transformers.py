@@ -1,0 +1,452 @@
+"""sentence-transformers directories around a Hugging Face Gemma 3 text model.
+
+    modules.json                       the order of what follows
+    config.json, model*.safetensors    Transformer, in the directory itself
+    tokenizer.json, tokenizer.model
+    1_Pooling/, 2_Dense/, 3_Dense/, 4_Normalize/
+    config_sentence_transformers.json  prompts
+
+Formats: sentence-transformers 6.2, and the older spelling that EmbeddingGemma's files
+have, which both read.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from embgemma.checkpoints import Description
+from embgemma.data import prompts
+from embgemma.errors import CheckpointError, ConfigError
+from embgemma.interop import huggingface, layout, safetensors_files, tokenizer_files
+from embgemma.interop.layout import Slot, Tensor
+from embgemma.interop.model import (
+  BACKBONE_LENGTH,
+  Model,
+  equal_lengths,
+  read_vocabulary,
+)
+from embgemma.interop.safetensors_files import SafetensorsDirectory
+from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
+
+MODULES = "modules.json"
+_POOLERS = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+# Every flag of the older spelling; sentence-transformers wants them all.
+_POOLING_FLAGS = {
+  "cls": "pooling_mode_cls_token",
+  "mean": "pooling_mode_mean_tokens",
+  "max": "pooling_mode_max_tokens",
+  "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+  "weightedmean": "pooling_mode_weightedmean_tokens",
+  "lasttoken": "pooling_mode_lasttoken",
+}
+_IDENTITY = "torch.nn.modules.linear.Identity"
+# EmbeddingGemma's, whose files do not say them (arXiv 2509.20354, section 2.2).
+_EMBEDDINGGEMMA_WIDTHS = (768, 512, 256, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packaging:
+  """What sentence-transformers adds to an encoder.
+
+  Attributes:
+    pooler: As in EmbedderConfig.
+    heads: Weights of the two Dense modules, or nothing.
+    max_length: Tokens a text is cut to; None is the encoder's longest.
+    prompts: By name.
+    notes: For the user.
+  """
+
+  pooler: str = "mean"
+  heads: Sequence[SafetensorsDirectory] = ()
+  max_length: int | None = None
+  prompts: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: prompts.PROMPTS
+  )
+  notes: tuple[str, ...] = ()
+
+
+def is_model(directory: pathlib.Path) -> bool:
+  """Whether a directory looks like one that `load` reads."""
+  return any((directory / name).exists() for name in ("config.json", MODULES))
+
+
+def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Model:
+  """A Gemma 3 text model: an embedder, or the decoder of a language model.
+
+  A bidirectional model without sentence-transformers' files is an embedder with mean
+  pooling and no heads, as sentence-transformers would load it.
+
+  Args:
+    directory: With config.json and safetensors.
+    tokenizer: A SentencePiece model to take instead of the directory's.
+
+  Raises:
+    CheckpointError: a file is missing or damaged, or the model is of another kind;
+      tensors that do not fit are listed by name.
+  """
+  path = directory / "config.json"
+  values = huggingface.read_json(path)
+  if values.get("model_type") != "gemma3_text":
+    raise CheckpointError(
+      f"{path}: model_type is {values.get('model_type')!r}, not 'gemma3_text'; only "
+      "Gemma 3's text models (EmbeddingGemma, 270M, 1B) can be read so, T5Gemma 2 "
+      "with --from=t5gemma2"
+    )
+  source = SafetensorsDirectory(directory)
+  dtype = "bfloat16" if set(source.dtypes.values()) == {"BF16"} else "float32"
+  transformer = huggingface.text_config(values, path, dtype)
+  vocabulary, notes = read_vocabulary(directory, transformer.vocab_size, tokenizer)
+  packaging = None
+  if (directory / MODULES).exists():
+    packaging = _read_packaging(directory)
+  elif transformer.mask == "bidirectional":
+    note = f"no {MODULES}: taken as an embedder with mean pooling and without heads"
+    packaging = _Packaging(notes=(note,))
+  if packaging is None:
+    config: EmbedderConfig | BackboneConfig = BackboneConfig(decoder=transformer)
+    length = min(BACKBONE_LENGTH, transformer.max_length)
+    table: Mapping[str, str] = prompts.PROMPTS
+    params = _read_stack(transformer, "decoder", source)
+  else:
+    config = _embedder_config(transformer, packaging, values, directory)
+    length = min(packaging.max_length or transformer.max_length, transformer.max_length)
+    table = packaging.prompts
+    params = _read_stack(transformer, "encoder", source)
+    params |= _read_heads(config, packaging.heads)
+    notes += packaging.notes
+  return Model(
+    Description(config, equal_lengths(length), table), vocabulary, params, notes
+  )
+
+
+def _read_stack(
+  config: TransformerConfig, root: str, source: SafetensorsDirectory
+) -> layout.NumpyTree:
+  prefix = huggingface.name_prefix(source.shapes, ("", "model."))
+  tensors = huggingface.stack_tensors(config, (root,), prefix)
+  # The configuration was checked to tie it.
+  ignored = {"lm_head.weight": "tied to the token table"}
+  layout.check_names(tensors, source, ignored)
+  tree = {root: layout.allocate(layout.abstract_stack(config))}
+  layout.fill(tree, tensors, source)
+  return tree
+
+
+def _head_tensors(config: EmbedderConfig) -> list[tuple[str, Tensor]]:
+  """Our name and the torch tensor of each head."""
+  if config.hidden_width is None:
+    return []
+  widths = (config.transformer.width, config.hidden_width, config.embedding_width)
+  names = ("projection_up", "projection_down")
+  return [
+    (name, huggingface.linear_tensor("linear.weight", Slot((name, "kernel"), None, s)))
+    for name, s in zip(names, itertools.pairwise(widths), strict=True)
+  ]
+
+
+def _read_heads(
+  config: EmbedderConfig, sources: Sequence[SafetensorsDirectory]
+) -> layout.NumpyTree:
+  tree: layout.NumpyTree = {}
+  for (name, tensor), source in zip(_head_tensors(config), sources, strict=True):
+    layout.check_names([tensor], source)
+    shape = tensor.parts[0].slot.shape
+    tree[name] = {"kernel": np.empty(shape, np.float32)}
+    layout.fill(tree, [tensor], source)
+  return tree
+
+
+def _embedder_config(
+  transformer: TransformerConfig,
+  packaging: _Packaging,
+  values: Mapping[str, Any],
+  directory: pathlib.Path,
+) -> EmbedderConfig:
+  hidden, width = None, transformer.width
+  if packaging.heads:
+    up, down = (source.shapes.get("linear.weight", ()) for source in packaging.heads)
+    if len(up) != 2 or len(down) != 2:
+      raise CheckpointError(
+        f"{packaging.heads[0].location}, {packaging.heads[1].location}: each must hold "
+        "one matrix, linear.weight"
+      )
+    hidden, width = up[0], down[0]
+  known = _EMBEDDINGGEMMA_WIDTHS if width == _EMBEDDINGGEMMA_WIDTHS[0] else (width,)
+  try:
+    return EmbedderConfig(
+      transformer=transformer,
+      pooler=packaging.pooler,
+      hidden_width=hidden,
+      embedding_width=width,
+      matryoshka_widths=values.get("matryoshka_dimensions") or known,
+    )
+  except (ConfigError, TypeError) as error:
+    raise CheckpointError(f"{directory}: {error}") from error
+
+
+def _read_packaging(directory: pathlib.Path) -> _Packaging:
+  modules = _read_modules(directory)
+  kinds = [kind for kind, _ in modules]
+  head = ["Transformer", "Pooling"]
+  if kinds[:2] != head or kinds[2:] not in (
+    [],
+    ["Normalize"],
+    ["Dense", "Dense"],
+    ["Dense", "Dense", "Normalize"],
+  ):
+    raise CheckpointError(
+      f"{directory / MODULES}: the modules are {', '.join(kinds)}; embgemma has "
+      "Transformer, Pooling, then two Dense modules or none, then Normalize"
+    )
+  notes: tuple[str, ...] = ()
+  if kinds[-1] != "Normalize":
+    notes += ("no Normalize module: embgemma gives unit vectors all the same",)
+  config_path = directory / "config_sentence_transformers.json"
+  config = huggingface.read_json(config_path) if config_path.exists() else {}
+  default = config.get("default_prompt_name")
+  if default is not None:
+    notes += (
+      f"sentence-transformers adds the prompt {default!r} by default; here give "
+      f"--prompt={default}",
+    )
+  table = config.get("prompts") or {}
+  if not all(isinstance(text, str) for text in table.values()):
+    raise CheckpointError(f"{config_path}: prompts must be strings by name")
+  return _Packaging(
+    pooler=_read_pooler(modules[1][1]),
+    heads=[_read_dense(path) for kind, path in modules if kind == "Dense"],
+    max_length=_read_max_length(directory, modules[0][1]),
+    prompts={**(table or prompts.PROMPTS), prompts.NO_PROMPT: ""},
+    notes=notes,
+  )
+
+
+def _read_modules(directory: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+  """Class name and directory of each module, in order."""
+  path = directory / MODULES
+  try:
+    entries = json.loads(path.read_text())
+    entries = sorted(entries, key=lambda entry: entry["idx"])
+    found = [(e["type"].rpartition(".")[2], str(e["path"])) for e in entries]
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointError(f"{path}: damaged: {error!r}; download it again") from error
+  for kind, name in found:
+    if name and (pathlib.PurePath(name).is_absolute() or ".." in name.split("/")):
+      raise CheckpointError(f"{path}: {kind} lies in {name!r}, outside the directory")
+  if not found or found[0][1]:
+    raise CheckpointError(
+      f"{path}: the Transformer must come first and lie in the directory itself"
+    )
+  return [(kind, directory / name) for kind, name in found]
+
+
+def _read_pooler(directory: pathlib.Path) -> str:
+  path = directory / "config.json"
+  values = huggingface.read_json(path)
+  modes = values.get("pooling_mode")
+  if modes is None:
+    modes = [mode for mode, flag in _POOLING_FLAGS.items() if values.get(flag)]
+  modes = [modes] if isinstance(modes, str) else list(modes)
+  if len(modes) != 1 or modes[0] not in _POOLERS:
+    raise CheckpointError(
+      f"{path}: pooling {'+'.join(map(str, modes)) or 'none'} is not supported; "
+      f"embgemma has one of {', '.join(_POOLERS)}"
+    )
+  if not values.get("include_prompt", True):
+    raise CheckpointError(
+      f"{path}: include_prompt is false; embgemma pools over prompts, too, as "
+      "EmbeddingGemma does"
+    )
+  return _POOLERS[modes[0]]
+
+
+def _read_dense(directory: pathlib.Path) -> SafetensorsDirectory:
+  path = directory / "config.json"
+  values = huggingface.read_json(path)
+  activation = str(
+    values.get("activation_function", "torch.nn.modules.activation.Tanh")
+  )
+  if values.get("bias", True) or not activation.endswith(".Identity"):
+    raise CheckpointError(
+      f"{path}: a Dense module with bias {values.get('bias', True)} and activation "
+      f"{activation} is not supported; EmbeddingGemma's have neither"
+    )
+  return SafetensorsDirectory(directory)
+
+
+def _read_max_length(directory: pathlib.Path, transformer: pathlib.Path) -> int | None:
+  path = transformer / "sentence_bert_config.json"
+  values = huggingface.read_json(path) if path.exists() else {}
+  if values.get("do_lower_case"):
+    raise CheckpointError(f"{path}: do_lower_case is not supported")
+  length = values.get("max_seq_length")
+  tokenizer = directory / "tokenizer_config.json"
+  if length is None and tokenizer.exists():
+    # Newer files keep it here; a huge number stands for none.
+    length = huggingface.read_json(tokenizer).get("model_max_length")
+  if length is None:
+    return None
+  if not isinstance(length, int | float) or length < 3:
+    raise CheckpointError(f"{path}: max_seq_length is {length!r}; it must be 3 or more")
+  return int(min(length, 1 << 31))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+  kind: str
+  config: Mapping[str, Any] | None = None
+  tensor: Tensor | None = None
+
+
+def write(
+  model: Model,
+  directory: pathlib.Path,
+  dtype: str,
+  max_length: int | None = None,
+  card: str = "",
+) -> tuple[str, ...]:
+  """Writes a complete sentence-transformers directory.
+
+  Args:
+    model: An embedder.
+    directory: Exists, and is empty.
+    dtype: Of the weights, "float32" or "bfloat16".
+    max_length: Tokens a text is cut to; None is the longest in training.
+    card: Content of README.md.
+
+  Returns:
+    What the user should know about it.
+
+  Raises:
+    CheckpointError: the model is no embedder.
+    ConfigError: transformers or sentence-transformers has no such model.
+  """
+  config = model.description.embedder
+  max_length = max_length or model.description.max_length
+  check_exportable(config, max_length)
+  transformer = config.transformer
+  text_model = huggingface.config_json(transformer, dtype)
+  widths = list(config.matryoshka_widths)
+  # Keys that vLLM reads, and our import.
+  text_model |= {"is_matryoshka": len(widths) > 1, "matryoshka_dimensions": widths}
+  tokenizer_config = tokenizer_files.tokenizer_config(model.vocabulary, max_length)
+  _write_json(directory / "config.json", text_model)
+  _write_bytes(
+    directory / "tokenizer.json", tokenizer_files.tokenizer_json(model.vocabulary)
+  )
+  _write_bytes(directory / "tokenizer.model", model.vocabulary.serialized)
+  _write_json(directory / "tokenizer_config.json", tokenizer_config)
+  _write_json(
+    directory / "sentence_bert_config.json",
+    {"max_seq_length": max_length, "do_lower_case": False},
+  )
+  named = {k: v for k, v in model.description.prompts.items() if v}
+  _write_json(
+    directory / "config_sentence_transformers.json",
+    {
+      "model_type": "SentenceTransformer",
+      "prompts": named,
+      "default_prompt_name": None,
+      "similarity_fn_name": "cosine",
+    },
+  )
+  modules = _modules(config)
+  _write_json(
+    directory / MODULES,
+    [
+      {
+        "idx": i,
+        "name": str(i),
+        "path": _folder(i, module),
+        "type": f"sentence_transformers.models.{module.kind}",
+      }
+      for i, module in enumerate(modules)
+    ],
+  )
+  for i, module in enumerate(modules[1:], start=1):
+    folder = directory / _folder(i, module)
+    folder.mkdir()
+    if module.config is not None:
+      _write_json(folder / "config.json", module.config)
+    if module.tensor is not None:
+      _write_tensors(folder, [module.tensor], model.params, dtype)
+  tensors = huggingface.stack_tensors(transformer, ("encoder",))
+  _write_tensors(directory, tensors, model.params, dtype)
+  if card:
+    _write_bytes(directory / "README.md", card.encode())
+  reason = tokenizer_files.inexact(model.vocabulary)
+  return (f"tokenizer.json gives some texts other ids: {reason}",) if reason else ()
+
+
+def check_exportable(config: EmbedderConfig, max_length: int) -> None:
+  """Refuses what sentence-transformers cannot express, before anything is read.
+
+  Raises:
+    ConfigError: as for `write`.
+  """
+  if config.pooler not in _POOLERS.values():
+    raise ConfigError(
+      f"the model's pooler is {config.pooler!r}; sentence-transformers has no module "
+      f"for it (it has those for {', '.join(_POOLERS.values())}). Train with another "
+      "EmbedderConfig.pooler to export."
+    )
+  if not 3 <= max_length <= config.transformer.max_length:
+    raise ConfigError(
+      f"--max_length={max_length} is not in 3..{config.transformer.max_length}, the "
+      "model's positions"
+    )
+  huggingface.config_json(config.transformer, "float32")
+
+
+def _modules(config: EmbedderConfig) -> list[_Module]:
+  width = config.transformer.width
+  modes = {ours: theirs for theirs, ours in _POOLERS.items()}
+  pooling: dict[str, Any] = {"word_embedding_dimension": width}
+  pooling |= {
+    flag: mode == modes[config.pooler] for mode, flag in _POOLING_FLAGS.items()
+  }
+  pooling["include_prompt"] = True
+  modules = [_Module("Transformer"), _Module("Pooling", pooling)]
+  for _, tensor in _head_tensors(config):
+    out_features, in_features = tensor.shape
+    dense = {
+      "in_features": in_features,
+      "out_features": out_features,
+      "bias": False,
+      "activation_function": _IDENTITY,
+    }
+    modules.append(_Module("Dense", dense, tensor))
+  return [*modules, _Module("Normalize")]
+
+
+def _folder(index: int, module: _Module) -> str:
+  return f"{index}_{module.kind}" if index else ""
+
+
+def _write_tensors(
+  directory: pathlib.Path,
+  tensors: Iterable[Tensor],
+  params: layout.NumpyTree,
+  dtype: str,
+) -> None:
+  def entry(tensor: Tensor) -> safetensors_files.Entry:
+    (part,) = tensor.parts
+    # Transposition and identity are their own inverses.
+    return tensor.name, tensor.shape, lambda: part.pick(part.slot.view(params))
+
+  with open(directory / safetensors_files.SINGLE, "wb") as file:
+    safetensors_files.write(file, map(entry, tensors), dtype)
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+  text = json.dumps(content, indent=2, ensure_ascii=False)
+  _write_bytes(path, text.encode() + b"\n")
+
+
+def _write_bytes(path: pathlib.Path, content: bytes) -> None:
+  path.write_bytes(content)
