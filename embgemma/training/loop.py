@@ -419,7 +419,7 @@ def train(
     highlight=False,
     soft_wrap=True,
   )
-  return _report(run)
+  return _report(run, "start" if initial_checkpoint_path else "untrained")
 
 
 def _check_same_model(
@@ -440,12 +440,12 @@ def _check_same_model(
     )
 
 
-def _report(run: Run) -> dict[str, suite.TaskResults]:
-  """Prints untrained, trained and BM25 side by side."""
+def _report(run: Run, start: str) -> dict[str, suite.TaskResults]:
+  """Prints the first step (under the name `start`), the last, and BM25 side by side."""
   kept = suite.read_results(run.model_dir / EVALUATIONS_FILE)
   if kept:
     columns = {
-      "untrained": kept.get("0", {}),
+      start: kept.get("0", {}),
       "trained": kept[str(run.train_steps)],
       "BM25": suite.bm25_results(run.evaluators),
     }
