@@ -17,10 +17,12 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -112,11 +114,13 @@ def write_errors(path: os.PathLike[str] | str) -> Iterator[None]:
   except OSError as error:
     raise _write_error(path, error) from error
   except ValueError as error:
-    # tensorstore reports a full disk so.
-    if "space" not in str(error).lower():
+    # What the system said, as tensorstore passes it on.
+    found = re.search(r"os_error_code='(\w+)'", str(error))
+    if not found and "No space left" not in str(error):
       raise
-    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    raise _write_error(path, full) from error
+    code = getattr(errno, found[1], errno.EIO) if found else errno.ENOSPC
+    system = OSError(code, os.strerror(code))
+    raise _write_error(path, system) from system
 
 
 def write_description(
@@ -163,9 +167,14 @@ def read_description(model_dir: pathlib.Path) -> Description:
     config = _model_config(content["kind"], content["model"], path)
     return Description(config, content["lengths"], content["prompts"])
   except FileNotFoundError as error:
+    foreign = (model_dir / "config.json").exists()
+    remedy = (
+      "take it over with `embgemma import --from=hf`"
+      if foreign
+      else "give a MODEL_DIR that embgemma wrote"
+    )
     raise CheckpointError(
-      f"{model_dir}: not a checkpoint directory (no model.json); give a MODEL_DIR "
-      "that embgemma wrote"
+      f"{model_dir}: not a checkpoint directory (no model.json); {remedy}"
     ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f"{path}: damaged: {error!r}") from error
@@ -257,32 +266,31 @@ class CheckpointStore:
     self,
     step: int,
     params: PyTree,
-    ema: PyTree | None = None,
-    training: PyTree | None = None,
-    position: Mapping[str, Any] | None = None,
-    metrics: Mapping[str, float] | None = None,
+    ema: PyTree | None,
+    training: PyTree,
+    position: Mapping[str, Any],
+    metrics: Mapping[str, float] | None,
   ) -> None:
     """Starts to write a checkpoint; the state may be donated once this returns.
 
     Args:
       step: Steps done.
-      params: The model's parameters.
+      params: The embedder's parameters.
       ema: Their average, or None.
-      training: Whatever else resuming needs; None is weights without a run.
-      position: Of the data, as JSON; None likewise.
+      training: Whatever else resuming needs.
+      position: Of the data, as JSON.
       metrics: Of an evaluation at this step.
 
     Raises:
       CheckpointError: it, or the one before it, could not be written.
     """
-    trees = {"params": params, "ema": ema, "training": training}
-    items: dict[str, Any] = {
-      name: ocp.args.StandardSave(tree)
-      for name, tree in trees.items()
-      if tree is not None
+    items = {
+      "params": ocp.args.StandardSave(params),
+      "training": ocp.args.StandardSave(training),
+      "position": ocp.args.JsonSave(dict(position)),
     }
-    if position is not None:
-      items["position"] = ocp.args.JsonSave(dict(position))
+    if ema is not None:
+      items["ema"] = ocp.args.StandardSave(ema)
     with write_errors(self._directory):
       self._manager.save(
         step, args=ocp.args.Composite(**items), metrics=metrics and dict(metrics)
@@ -369,6 +377,50 @@ class CheckpointStore:
       )
 
 
+class _OneAtATime(ocp.type_handlers.NumpyHandler):
+  """Writes array after array; Orbax would copy all of them first."""
+
+  async def serialize(
+    self, values: Any, infos: Any, args: Any = None
+  ) -> Sequence[ocp.future.Future]:
+    args = args or [ocp.SaveArgs()] * len(values)
+    for value, info, arg in zip(values, infos, args, strict=True):
+      for written in await super().serialize([value], [info], [arg]):
+        written.result()
+    return []
+
+
+def write_weights(model_dir: pathlib.Path, params: PyTree) -> None:
+  """Writes weights without a run, as step 0: what a new run can start from.
+
+  Beyond the weights one array is in memory. Not compressed: zstd takes off 8 % of
+  float32 weights, and five times as long.
+
+  Args:
+    model_dir: The checkpoint directory.
+    params: Numpy arrays.
+
+  Raises:
+    CheckpointError: the directory cannot be written.
+  """
+  directory = (model_dir / "checkpoints").absolute()
+  handler = ocp.PyTreeCheckpointHandler(
+    use_compression=False,
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, _OneAtATime())
+    ),
+  )
+  options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+  with (
+    write_errors(directory),
+    ocp.CheckpointManager(
+      directory, options=options, item_handlers={"params": handler}
+    ) as manager,
+  ):
+    items = ocp.args.Composite(params=ocp.args.PyTreeSave(params))
+    manager.save(0, args=items)
+
+
 def _damaged(path: pathlib.Path, error: Exception) -> CheckpointError:
   # Tensorstore's messages go on with a specification of hundreds of characters.
   reason = str(error).partition(" [")[0]
@@ -398,6 +450,8 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 def locate(path: str | os.PathLike[str]) -> tuple[pathlib.Path, int | None]:
   """MODEL_DIR and step of `--checkpoint`: a MODEL_DIR or MODEL_DIR/checkpoints/STEP."""
   directory = pathlib.Path(path)
-  if directory.name.isdigit() and directory.parent.name == "checkpoints":
-    return directory.parent.parent, int(directory.name)
+  model_dir = directory.parent.parent
+  is_step = directory.name.isdigit() and directory.parent.name == "checkpoints"
+  if is_step and is_checkpoint(model_dir):
+    return model_dir, int(directory.name)
   return directory, None

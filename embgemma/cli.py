@@ -56,10 +56,9 @@ def _parser() -> argparse.ArgumentParser:
   _add_gin_flags(command("cache", "tokenise the tasks of a stage once"))
   _add_gin_flags(command("explain", "show the resolved run before any compute"))
 
+  checkpoint_help = "MODEL_DIR, one of its steps, or a Hugging Face directory"
   embed = command("embed", "embed the lines of a text or JSONL file")
-  embed.add_argument(
-    "--checkpoint", required=True, help="MODEL_DIR or one of its steps"
-  )
+  embed.add_argument("--checkpoint", required=True, help=checkpoint_help)
   embed.add_argument("--input", required=True, help="text or .jsonl file, plain or .gz")
   embed.add_argument("--output", required=True, help=".npy or .parquet")
   embed.add_argument(
@@ -72,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
   embed.add_argument("--on_bad_record", choices=("fail", "skip"), default="fail")
 
   evaluate = command("eval", "evaluate a checkpoint on retrieval and similarity sets")
-  evaluate.add_argument("--checkpoint", required=True)
+  evaluate.add_argument("--checkpoint", required=True, help=checkpoint_help)
   evaluate.add_argument(
     "--data",
     action="append",
@@ -110,11 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     choices=("hf", "gguf"),
     help="hf: a sentence-transformers directory; gguf: a file for llama.cpp",
   )
-  export.add_argument(
-    "--checkpoint",
-    required=True,
-    help="MODEL_DIR, one of its steps, or a Hugging Face directory",
-  )
+  export.add_argument("--checkpoint", required=True, help=checkpoint_help)
   export.add_argument("--output", required=True, help="directory, or .gguf file")
   export.add_argument(
     "--dtype",
@@ -217,6 +212,12 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     raise SystemExit(finished.returncode)
 
 
+def _end(signum: int, frame: Any) -> None:
+  """Ends as an exception does: what is unfinished is removed on the way."""
+  del frame
+  raise SystemExit(128 + signum)
+
+
 @contextlib.contextmanager
 def _leaving_at_once() -> Iterator[None]:
   """Ends on Ctrl-C wherever training does not listen: there is nothing to save.
@@ -298,6 +299,7 @@ def _embed(options: argparse.Namespace) -> None:
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
   )
+  _print_notes(embedder.notes)
   prompt = embedder.prompt(options.prompt)
   width = embedder.check_width(options.dim)
   skipped: list[str] = []
@@ -336,6 +338,7 @@ def _evaluate(options: argparse.Namespace) -> None:
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
   )
+  _print_notes(embedder.notes)
   widths = embedder.description.embedder.matryoshka_widths
   if options.widths:
     try:
@@ -357,13 +360,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _import(options: argparse.Namespace) -> None:
   from embgemma.interop import conversion
 
-  output = pathlib.Path(options.output)
-  outputs.check_vacant(output, options.overwrite)
+  source, output = pathlib.Path(options.source), pathlib.Path(options.output)
+  outputs.check_directory(output, options.overwrite, source)
   tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else None
-  model = conversion.load(
-    options.source_format, pathlib.Path(options.source), tokenizer
-  )
-  with outputs.new_directory(output, options.overwrite) as directory:
+  model = conversion.load(options.source_format, source, tokenizer)
+  with outputs.new_directory(output) as directory:
     conversion.write_checkpoint(model, directory)
   _print_notes(model.notes)
   print(f"{model.size:,} parameters: {output}", file=sys.stderr)
@@ -375,30 +376,52 @@ def _print_notes(notes: Iterable[str]) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+  if options.target_format == "hf":
+    _export_hf(options)
+  else:
+    _export_gguf(options)
+
+
+def _export_hf(options: argparse.Namespace) -> None:
   from embgemma.evaluation import model_card
-  from embgemma.interop import conversion, gguf_file, sentence_transformers
+  from embgemma.interop import conversion, sentence_transformers
 
   output = pathlib.Path(options.output)
-  to_hf = options.target_format == "hf"
-  notes: tuple[str, ...] = ()
-  if to_hf and options.dtype not in ("float32", "bfloat16"):
+  if options.dtype not in ("float32", "bfloat16"):
     raise ConfigError(
       f"--dtype={options.dtype}: hf has float32 and bfloat16; q8_0 is a type of gguf, "
       "and Gemma 3's activations exceed the largest float16 (65,504)"
     )
-  if options.max_length and not to_hf:
-    raise ConfigError("--max_length is for hf; llama.cpp takes its context's length")
-  outputs.check_vacant(output, options.overwrite)
-  model = conversion.open_embedder(options.checkpoint)
-  if to_hf:
-    length = options.max_length or model.description.max_length
-    card = model_card.model_card(model, output.name, options.dtype, length)
-    with outputs.new_directory(output, options.overwrite) as directory:
-      notes = sentence_transformers.write(model, directory, options.dtype, length, card)
-  else:
-    with outputs.new_path(output) as path:
-      gguf_file.write(model, path, gguf_file.TYPE_OF_DTYPE[options.dtype])
+  outputs.check_directory(output, options.overwrite, options.checkpoint)
+
+  def check(config: Any) -> None:
+    sentence_transformers.check_exportable(config, options.max_length)
+
+  model = conversion.open_embedder(options.checkpoint, check)
+  length = options.max_length or model.description.max_length
+  card = model_card.model_card(model, output.resolve().name, options.dtype, length)
+  with outputs.new_directory(output) as directory:
+    notes = sentence_transformers.write(model, directory, options.dtype, length, card)
   _print_notes((*model.notes, *notes))
+  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
+
+
+def _export_gguf(options: argparse.Namespace) -> None:
+  from embgemma.interop import conversion, gguf_file
+
+  output = pathlib.Path(options.output)
+  if options.max_length is not None:
+    raise ConfigError("--max_length is for hf; llama.cpp takes its context's length")
+  outputs.check_file(output, options.overwrite)
+  weight_type = gguf_file.TYPE_OF_DTYPE[options.dtype]
+
+  def check(config: Any) -> None:
+    gguf_file.check_exportable(config, weight_type)
+
+  model = conversion.open_embedder(options.checkpoint, check)
+  with outputs.new_path(output) as path:
+    gguf_file.write(model, path, weight_type)
+  _print_notes(model.notes)
   print(f"{model.size:,} parameters: {output}", file=sys.stderr)
 
 
@@ -449,8 +472,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.command == "eval":
       _evaluate(options)
     elif options.command == "import":
+      signal.signal(signal.SIGTERM, _end)
       _import(options)
     else:
+      signal.signal(signal.SIGTERM, _end)
       _export(options)
   except EmbgemmaError as error:
     print(f"embgemma: error: {error}", file=sys.stderr)

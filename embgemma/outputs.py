@@ -10,9 +10,6 @@ from typing import IO
 
 from embgemma.errors import DataError
 
-# What a directory must hold for --overwrite to delete it.
-_MODEL_FILES = ("model.json", "config.json", "modules.json")
-
 
 @contextlib.contextmanager
 def new_file(path: pathlib.Path) -> Iterator[IO[bytes]]:
@@ -43,57 +40,100 @@ def new_path(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def new_directory(path: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """A directory that becomes `path` when the block ends, and vanishes if it fails.
 
   Args:
-    path: May exist if it is empty, or with `overwrite`: it is replaced at the end.
-    overwrite: Whether to replace what is there.
+    path: See `check_directory`; what is there is replaced at the end.
 
   Raises:
-    DataError: `path` exists, or cannot be written.
+    DataError: `path` cannot be written.
   """
-  check_vacant(path, overwrite)
+  target = path.resolve()  # what a symbolic link names, not the link
   with _write_errors(path):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # An empty directory may be a mounted volume or where the shell is: kept, filled.
+    empty = target.is_dir() and not any(target.iterdir())
+    parent = target if empty else target.parent
+    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
       os.chmod(made, 0o755)
       yield made
-      _replace(made, path)
+      _replace(made, target)
     except BaseException:
       shutil.rmtree(made, ignore_errors=True)
       raise
 
 
-def check_vacant(path: pathlib.Path, overwrite: bool) -> None:
-  """Refuses an output path that holds something.
+def check_file(path: pathlib.Path, overwrite: bool) -> None:
+  """Refuses the path of a new file where something is.
 
   Raises:
-    DataError: it exists, and `overwrite` is not given or it is no model's directory.
+    DataError: it exists and `overwrite` is not given, or it is a directory.
+  """
+  if path.is_dir():
+    raise DataError(f"{path}: is a directory; give the path of a file")
+  if os.path.lexists(path) and not overwrite:
+    raise _exists(path)
+
+
+def check_directory(
+  path: pathlib.Path, overwrite: bool, source: str | os.PathLike[str]
+) -> None:
+  """Refuses the path of a new directory where something is.
+
+  Args:
+    path: Free, an empty directory or, with `overwrite`, one that holds a model.
+    overwrite: Whether a model there may be replaced.
+    source: What is read, which must survive.
+
+  Raises:
+    DataError: something else is there.
   """
   if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
     return
-  if overwrite:
-    if path.is_dir() and not any((path / name).exists() for name in _MODEL_FILES):
-      raise DataError(
-        f"{path}: holds no model (no {', '.join(_MODEL_FILES)}), so --overwrite does "
-        "not delete it; choose another --output"
-      )
-    return
-  raise DataError(
+  target, read = path.resolve(), pathlib.Path(source).resolve()
+  if target == read or target in read.parents:
+    raise DataError(f"{path}: holds what is read, {source}; choose another --output")
+  if not path.is_dir():
+    raise DataError(f"{path}: is a file; choose another --output")
+  if not overwrite:
+    raise _exists(path)
+  if not _holds_model(target) or target.is_mount():
+    raise DataError(
+      f"{path}: holds something else than a model of embgemma or Hugging Face, so "
+      "--overwrite does not delete it; choose another --output"
+    )
+
+
+def _exists(path: pathlib.Path) -> DataError:
+  return DataError(
     f"{path}: exists already; choose another --output, or replace it with --overwrite"
   )
 
 
+def _holds_model(path: pathlib.Path) -> bool:
+  if (path / "model.json").exists():
+    return (path / "checkpoints").is_dir()
+  return (path / "config.json").exists() and any(path.glob("*.safetensors"))
+
+
 def _replace(made: pathlib.Path, path: pathlib.Path) -> None:
-  """Puts a directory in another's place; what was there goes last."""
-  if not path.is_dir() or path.is_symlink():
-    path.unlink(missing_ok=True)
+  """Puts a directory in a place, or its content; what was there goes last."""
+  if made.parent == path:
+    for child in list(made.iterdir()):
+      os.rename(child, path / child.name)
+    made.rmdir()
+    return
+  if not path.exists():
     os.rename(made, path)
     return
   aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-  os.rename(path, aside)  # onto an empty directory
+  try:
+    os.rename(path, aside)
+  except OSError:
+    aside.rmdir()
+    raise
   try:
     os.rename(made, path)
   except OSError:

@@ -339,8 +339,14 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     ("runs/a/", "runs/a", None),
     ("runs/a/checkpoints/20", "runs/a", 20),
     ("runs/2024", "runs/2024", None),
+    # Of another program.
+    ("other/checkpoints/20", "other/checkpoints/20", None),
   ],
 )
-def test_locate(path, directory, step):
+def test_locate(tmp_path, monkeypatch, path, directory, step):
+  monkeypatch.chdir(tmp_path)
+  for name in ("runs/a", "runs/2024"):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "model.json").write_text("{}")
   found, number = locate(path)
   assert (str(found), number) == (directory, step)

@@ -155,6 +155,7 @@ class CheckpointEmbedder:
   Attributes:
     description: Of the model.
     name: "step N", or the directory's name.
+    notes: What a user should know about how it was read.
 
   Raises:
     CheckpointError: neither of them, or a damaged one.
@@ -167,6 +168,7 @@ class CheckpointEmbedder:
     tokens_per_batch: int = 8192,
   ):
     model = conversion.open_embedder(checkpoint)
+    self.notes = model.notes
     self.name = (
       pathlib.Path(checkpoint).name if model.step is None else f"step {model.step}"
     )

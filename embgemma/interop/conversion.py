@@ -3,19 +3,22 @@
 import dataclasses
 import os
 import pathlib
-
-import jax
-import numpy as np
+from collections.abc import Callable, Mapping
 
 from embgemma import checkpoints
-from embgemma.checkpoints import CheckpointPolicy, CheckpointStore
+from embgemma.checkpoints import CheckpointStore
 from embgemma.errors import CheckpointError
-from embgemma.interop import gemma, sentence_transformers, t5gemma2
+from embgemma.interop import gemma, layout, sentence_transformers, t5gemma2
 from embgemma.interop.model import Model
 from embgemma.models import lora
+from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import abstract_params
 
-SOURCES = ("hf", "gemma", "t5gemma2")
+_LOADERS: Mapping[str, Callable[[pathlib.Path, pathlib.Path | None], Model]] = {
+  "hf": sentence_transformers.load,
+  "gemma": gemma.load,
+  "t5gemma2": t5gemma2.load,
+}
 
 
 def load(
@@ -24,7 +27,7 @@ def load(
   """A model of another format.
 
   Args:
-    source_format: One of SOURCES.
+    source_format: "hf", "gemma" or "t5gemma2".
     source: Its directory.
     tokenizer: A SentencePiece model to take instead of the directory's.
 
@@ -33,14 +36,13 @@ def load(
   """
   if not source.is_dir():
     raise CheckpointError(f"{source}: no directory; give the one with the weights")
-  if source_format == "gemma":
-    return gemma.load(source, tokenizer)
-  if source_format == "t5gemma2":
-    return t5gemma2.load(source, tokenizer)
-  return sentence_transformers.load(source, tokenizer)
+  return _LOADERS[source_format](source, tokenizer)
 
 
-def open_embedder(path: str | os.PathLike[str]) -> Model:
+def open_embedder(
+  path: str | os.PathLike[str],
+  check: Callable[[EmbedderConfig], None] = lambda config: None,
+) -> Model:
   """The embedder of a checkpoint or of a Hugging Face directory.
 
   Averaged parameters where a run kept them; adapters are merged.
@@ -48,6 +50,8 @@ def open_embedder(path: str | os.PathLike[str]) -> Model:
   Args:
     path: A MODEL_DIR, MODEL_DIR/checkpoints/STEP, or a directory that
       `sentence_transformers.load` reads.
+    check: Raises for a configuration that the caller has no use for; of a checkpoint
+      before its weights are read.
 
   Raises:
     CheckpointError: there is no embedder, or it is damaged.
@@ -56,25 +60,24 @@ def open_embedder(path: str | os.PathLike[str]) -> Model:
   if checkpoints.is_checkpoint(directory) or not sentence_transformers.is_model(
     directory
   ):
-    return _read_checkpoint(directory, step)
+    return _read_checkpoint(directory, step, check)
   model = load("hf", directory)
-  _ = model.description.embedder
+  check(model.description.embedder)
   return dataclasses.replace(model, directory=directory)
 
 
-def _read_checkpoint(directory: pathlib.Path, step: int | None) -> Model:
+def _read_checkpoint(
+  directory: pathlib.Path, step: int | None, check: Callable[[EmbedderConfig], None]
+) -> Model:
   description = checkpoints.read_description(directory)
   config = description.embedder
+  check(config)
   store = CheckpointStore(directory)
   step = store.resolve_step(step)
-  # On the host, whatever accelerator there is.
-  host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-  abstract = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host),
-    abstract_params(config),
-  )
+  # Asked for as numpy arrays, they stay on the host, and whole once.
+  abstract = layout.allocate(abstract_params(config))
   item = store.shipped_item(step)
-  params = jax.tree.map(np.asarray, store.restore(step, {item: abstract})[item])
+  params = store.restore(step, {item: abstract})[item]
   vocabulary = checkpoints.read_vocabulary(directory)
   merged, config = lora.merge(params, config)
   description = dataclasses.replace(description, config=config)
@@ -85,9 +88,13 @@ def write_checkpoint(model: Model, directory: pathlib.Path) -> None:
   """Writes a model as a checkpoint directory at step 0.
 
   Raises:
-    CheckpointError: the directory cannot be written.
+    OSError: the directory cannot be written.
   """
-  checkpoints.write_description(directory, model.description, model.vocabulary, "")
-  store = CheckpointStore(directory, CheckpointPolicy())
-  store.save(0, model.params)
-  store.close()
+  try:
+    checkpoints.write_description(directory, model.description, model.vocabulary, "")
+    checkpoints.write_weights(directory, model.params)
+  except CheckpointError as error:
+    # Its message is about a run, which keeps what it has and resumes.
+    if isinstance(error.__cause__, OSError):
+      raise error.__cause__ from None
+    raise

@@ -109,11 +109,11 @@ def text_config(
     CheckpointError: a key is missing, or has a value that our blocks do not compute.
   """
   _check_keys(values, path)
-  pattern = _pattern(values, path)
   if mask is None:
     causal = not values.get("use_bidirectional_attention", False)
     mask = "causal" if causal else "bidirectional"
   try:
+    pattern = _pattern(values, path)
     bases, factor = _rope(values, path)
     span = int(values["sliding_window"])
     # transformers makes the span of a bidirectional model an exclusive radius of
@@ -138,8 +138,12 @@ def text_config(
       max_length=values["max_position_embeddings"],
       dtype=dtype,
     )
-  except (ConfigError, TypeError, ValueError) as error:
+  except ConfigError as error:
     raise CheckpointError(f"{path}: {error}") from error
+  except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    raise CheckpointError(
+      f"{path}: a value is of the wrong kind: {error}; download it again"
+    ) from error
 
 
 def _check_keys(values: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -192,7 +196,9 @@ def _pattern(values: Mapping[str, Any], path: pathlib.Path) -> tuple[str, ...]:
   layers = values["num_hidden_layers"]
   types = values.get("layer_types")
   if types is None:
-    period = values.get("sliding_window_pattern", values.get("_sliding_window_pattern"))
+    # "_sliding_window_pattern" is what transformers writes beside layer_types, and
+    # does not read without them.
+    period = values.get("sliding_window_pattern")
     if not isinstance(period, int) or period < 1:
       raise CheckpointError(
         f"{path}: neither layer_types nor sliding_window_pattern says which layers "
@@ -234,7 +240,7 @@ def config_json(config: TransformerConfig, dtype: str) -> dict[str, Any]:
     "hidden_size": config.width,
     "intermediate_size": config.mlp_width,
     "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
+    "num_attention_heads": _num_heads(config),
     "num_key_value_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
     "layer_types": [types[kind] for kind in config.layer_kinds],
@@ -264,9 +270,23 @@ def _rope_scaling(config: TransformerConfig) -> dict[str, Any] | None:
   return {"rope_type": "linear", "factor": config.rope_factor_global}
 
 
-def _query_scalar(config: TransformerConfig) -> int | float:
+def _query_scalar(config: TransformerConfig) -> int:
   scalar = config.query_scalar or config.head_dim
-  return int(scalar) if scalar == int(scalar) else scalar
+  if scalar != int(scalar):
+    raise ConfigError(
+      f"TransformerConfig.query_scalar is {scalar}; transformers' Gemma 3 has whole "
+      "numbers only"
+    )
+  return int(scalar)
+
+
+def _num_heads(config: TransformerConfig) -> int:
+  if config.width % config.num_heads:
+    raise ConfigError(
+      f"TransformerConfig.width ({config.width}) is no multiple of num_heads "
+      f"({config.num_heads}); transformers loads no such Gemma 3"
+    )
+  return config.num_heads
 
 
 def _span(config: TransformerConfig) -> int:

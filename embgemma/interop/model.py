@@ -62,34 +62,77 @@ def read_vocabulary(
     CheckpointError: there is no tokenizer, or its size is not the table's.
     DataError: the tokenizer is not one that we can read.
   """
-  model_path = tokenizer or directory / "tokenizer.model"
-  json_path = directory / "tokenizer.json"
-  notes: tuple[str, ...] = ()
-  content = None
-  if tokenizer is None and json_path.exists():
-    content = json_path.read_bytes()
-    beyond = tokenizer_files.tokens_beyond(content, rows)
-    notes = tuple(
-      f"{token} (id {number}) has no row in the table of {rows:,}: text that spells it "
-      "is tokenised as any text"
-      for token, number in beyond.items()
-    )
-  if tokenizer is not None or model_path.exists():
+  model_path, json_path = directory / "tokenizer.model", directory / "tokenizer.json"
+  notes: list[str] = []
+  if tokenizer is not None:
+    vocabulary = SentencePieceVocabulary(tokenizer)
+  elif json_path.exists():
+    vocabulary, notes = _from_json(json_path, model_path, rows)
+  elif model_path.exists():
     vocabulary = SentencePieceVocabulary(model_path)
-  elif content is not None:
-    serialized = tokenizer_files.sentencepiece_model(content, str(json_path), rows)
-    vocabulary = SentencePieceVocabulary.from_serialized(serialized, str(json_path))
-    model_path = json_path
-    notes += ("tokenizer.model was made from tokenizer.json",)
   else:
     raise CheckpointError(
       f"{directory}: has neither tokenizer.model nor tokenizer.json; give --tokenizer, "
       "such as Gemma's tokenizer.model"
     )
-  sizes = {-(-vocabulary.size // multiple) * multiple for multiple in _MULTIPLES}
-  if rows not in sizes:
+  if not _fits(vocabulary, rows):
     raise CheckpointError(
-      f"{model_path}: has {vocabulary.size:,} pieces, the model's table {rows:,} rows; "
-      "they do not belong together. Give the model's own tokenizer."
+      f"{tokenizer or directory}: the tokenizer has {vocabulary.size:,} pieces, the "
+      f"model's table {rows:,} rows; they do not belong together. Give the model's own "
+      "tokenizer."
     )
-  return vocabulary, notes
+  return vocabulary, tuple(notes)
+
+
+def _fits(vocabulary: SentencePieceVocabulary, rows: int) -> bool:
+  return rows in {-(-vocabulary.size // n) * n for n in _MULTIPLES}
+
+
+def _from_json(
+  json_path: pathlib.Path, model_path: pathlib.Path, rows: int
+) -> tuple[SentencePieceVocabulary, list[str]]:
+  """The vocabulary where there is a tokenizer.json: what transformers reads.
+
+  A tokenizer.model beside it is better, as it holds Gemma's own scores, but it may be
+  left over from before tokens were added.
+  """
+  content = json_path.read_bytes()
+  facts = tokenizer_files.inspect(content, rows, str(json_path))
+  notes = [
+    f"{token} (id {number}) has no row in the table of {rows:,}: it stays text"
+    for token, number in facts.beyond.items()
+  ]
+  if not (facts.adds_bos and facts.adds_eos):
+    missing = "BOS" if facts.adds_eos else "EOS" if facts.adds_bos else "BOS and EOS"
+    notes.append(
+      f"its tokenizer does not add {missing}; embgemma adds both, as EmbeddingGemma "
+      "does: vectors differ from those of sentence-transformers"
+    )
+  if model_path.exists():
+    vocabulary = SentencePieceVocabulary(model_path)
+    if _fits(vocabulary, rows):
+      return vocabulary, notes + _disagreements(vocabulary, facts)
+  serialized = tokenizer_files.sentencepiece_model(content, str(json_path), rows)
+  notes.append("tokenizer.model was made from tokenizer.json")
+  return SentencePieceVocabulary.from_serialized(serialized, str(json_path)), notes
+
+
+def _disagreements(
+  vocabulary: SentencePieceVocabulary, facts: tokenizer_files.TokenizerFacts
+) -> list[str]:
+  own = {i: piece.piece for i, piece in enumerate(vocabulary.effective_model.pieces)}
+  # transformers' converter writes the byte so.
+  same = {("<0x09>", "\t")}
+  differing = [
+    (i, piece, facts.pieces.get(i))
+    for i, piece in own.items()
+    if piece != facts.pieces.get(i) and (piece, facts.pieces.get(i)) not in same
+  ]
+  if not differing:
+    return []
+  i, ours, theirs = differing[0]
+  return [
+    f"tokenizer.model and tokenizer.json disagree on {len(differing):,} tokens, such "
+    f"as {i}: {ours!r} and {theirs!r}; tokenizer.model is taken. Remove it if tokens "
+    "were added since."
+  ]

@@ -90,7 +90,9 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:
-  """The files with the weights, in order."""
+  """The files with the weights: the single one first, as transformers looks."""
+  if (directory / SINGLE).exists():
+    return [directory / SINGLE]
   index = directory / INDEX
   if index.exists():
     try:
@@ -110,8 +112,6 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
         f"{index}: shards {missing[:10]} are missing; download them, too"
       )
     return [directory / n for n in names]
-  if (directory / SINGLE).exists():
-    return [directory / SINGLE]
   pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
   if pickles:
     raise CheckpointError(

@@ -45,8 +45,8 @@ _POOLING_FLAGS = {
   "lasttoken": "pooling_mode_lasttoken",
 }
 _IDENTITY = "torch.nn.modules.linear.Identity"
-# EmbeddingGemma's, whose files do not say them (arXiv 2509.20354, section 2.2).
-_EMBEDDINGGEMMA_WIDTHS = (768, 512, 256, 128)
+# EmbeddingGemma's files do not say them (arXiv 2509.20354, section 2.2).
+_EMBEDDINGGEMMA = {"heads": (768, 3072, 768), "widths": (768, 512, 256, 128)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
   """A Gemma 3 text model: an embedder, or the decoder of a language model.
 
   A bidirectional model without sentence-transformers' files is an embedder with mean
-  pooling and no heads, as sentence-transformers would load it.
+  pooling and no heads, as sentence-transformers would load it but for its unit norm.
 
   Args:
     directory: With config.json and safetensors.
@@ -106,7 +106,8 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
     packaging = _read_packaging(directory)
   elif transformer.mask == "bidirectional":
     note = f"no {MODULES}: taken as an embedder with mean pooling and without heads"
-    packaging = _Packaging(notes=(note,))
+    length = _read_max_length(directory, directory)
+    packaging = _Packaging(max_length=length, notes=(note,))
   if packaging is None:
     config: EmbedderConfig | BackboneConfig = BackboneConfig(decoder=transformer)
     length = min(BACKBONE_LENGTH, transformer.max_length)
@@ -118,10 +119,37 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
     table = packaging.prompts
     params = _read_stack(transformer, "encoder", source)
     params |= _read_heads(config, packaging.heads)
-    notes += packaging.notes
+    notes += (*packaging.notes, *_oddities(directory, values, transformer, table))
   return Model(
     Description(config, equal_lengths(length), table), vocabulary, params, notes
   )
+
+
+def _oddities(
+  directory: pathlib.Path,
+  values: Mapping[str, Any],
+  transformer: TransformerConfig,
+  table: Mapping[str, str],
+) -> list[str]:
+  """What makes an embedder differ from what its user may expect, without an error."""
+  notes = []
+  span = values["sliding_window"]
+  if transformer.mask == "bidirectional" and span % 2:
+    notes.append(
+      f"sliding_window is {span}: transformers before 5 halves a bidirectional model's "
+      f"window each time it saves it. If this one was trained with {2 * span - 2}, set "
+      f"--gin.checkpoint_model.window='({span - 1}, {span - 1})'"
+    )
+  path = directory / "tokenizer_config.json"
+  side = huggingface.read_json(path).get("truncation_side") if path.exists() else None
+  if side == "left":
+    notes.append("texts are cut at their beginning there, at their end here")
+  if any(table.get(name) != text for name, text in prompts.OFFICIAL_PROMPTS.items()):
+    notes.append(
+      "its prompts are not EmbeddingGemma's: `embed` uses its own, training and `eval` "
+      "EmbeddingGemma's"
+    )
+  return notes
 
 
 def _read_stack(
@@ -176,7 +204,8 @@ def _embedder_config(
         "one matrix, linear.weight"
       )
     hidden, width = up[0], down[0]
-  known = _EMBEDDINGGEMMA_WIDTHS if width == _EMBEDDINGGEMMA_WIDTHS[0] else (width,)
+  is_known = (transformer.width, hidden, width) == _EMBEDDINGGEMMA["heads"]
+  known = _EMBEDDINGGEMMA["widths"] if is_known else (width,)
   try:
     return EmbedderConfig(
       transformer=transformer,
@@ -214,14 +243,16 @@ def _read_packaging(directory: pathlib.Path) -> _Packaging:
       f"sentence-transformers adds the prompt {default!r} by default; here give "
       f"--prompt={default}",
     )
-  table = config.get("prompts") or {}
-  if not all(isinstance(text, str) for text in table.values()):
+  table = config.get("prompts", prompts.PROMPTS)
+  if not isinstance(table, Mapping) or not all(
+    isinstance(text, str) for text in table.values()
+  ):
     raise CheckpointError(f"{config_path}: prompts must be strings by name")
   return _Packaging(
     pooler=_read_pooler(modules[1][1]),
     heads=[_read_dense(path) for kind, path in modules if kind == "Dense"],
     max_length=_read_max_length(directory, modules[0][1]),
-    prompts={**(table or prompts.PROMPTS), prompts.NO_PROMPT: ""},
+    prompts={**table, prompts.NO_PROMPT: ""},
     notes=notes,
   )
 
@@ -251,8 +282,8 @@ def _read_pooler(directory: pathlib.Path) -> str:
   modes = values.get("pooling_mode")
   if modes is None:
     modes = [mode for mode, flag in _POOLING_FLAGS.items() if values.get(flag)]
-  modes = [modes] if isinstance(modes, str) else list(modes)
-  if len(modes) != 1 or modes[0] not in _POOLERS:
+  modes = modes if isinstance(modes, list) else [modes]
+  if len(modes) != 1 or str(modes[0]) not in _POOLERS:
     raise CheckpointError(
       f"{path}: pooling {'+'.join(map(str, modes)) or 'none'} is not supported; "
       f"embgemma has one of {', '.join(_POOLERS)}"
@@ -307,7 +338,7 @@ def write(
   model: Model,
   directory: pathlib.Path,
   dtype: str,
-  max_length: int | None = None,
+  max_length: int,
   card: str = "",
 ) -> tuple[str, ...]:
   """Writes a complete sentence-transformers directory.
@@ -316,7 +347,7 @@ def write(
     model: An embedder.
     directory: Exists, and is empty.
     dtype: Of the weights, "float32" or "bfloat16".
-    max_length: Tokens a text is cut to; None is the longest in training.
+    max_length: Tokens a text is cut to.
     card: Content of README.md.
 
   Returns:
@@ -327,7 +358,6 @@ def write(
     ConfigError: transformers or sentence-transformers has no such model.
   """
   config = model.description.embedder
-  max_length = max_length or model.description.max_length
   check_exportable(config, max_length)
   transformer = config.transformer
   text_model = huggingface.config_json(transformer, dtype)
@@ -336,16 +366,16 @@ def write(
   text_model |= {"is_matryoshka": len(widths) > 1, "matryoshka_dimensions": widths}
   tokenizer_config = tokenizer_files.tokenizer_config(model.vocabulary, max_length)
   _write_json(directory / "config.json", text_model)
-  _write_bytes(
-    directory / "tokenizer.json", tokenizer_files.tokenizer_json(model.vocabulary)
-  )
-  _write_bytes(directory / "tokenizer.model", model.vocabulary.serialized)
+  tokenizer_json = tokenizer_files.tokenizer_json(model.vocabulary)
+  (directory / "tokenizer.json").write_bytes(tokenizer_json)
+  (directory / "tokenizer.model").write_bytes(model.vocabulary.serialized)
   _write_json(directory / "tokenizer_config.json", tokenizer_config)
   _write_json(
     directory / "sentence_bert_config.json",
     {"max_seq_length": max_length, "do_lower_case": False},
   )
-  named = {k: v for k, v in model.description.prompts.items() if v}
+  named = dict(model.description.prompts)
+  named.pop(prompts.NO_PROMPT, None)
   _write_json(
     directory / "config_sentence_transformers.json",
     {
@@ -378,13 +408,17 @@ def write(
   tensors = huggingface.stack_tensors(transformer, ("encoder",))
   _write_tensors(directory, tensors, model.params, dtype)
   if card:
-    _write_bytes(directory / "README.md", card.encode())
+    (directory / "README.md").write_text(card)
   reason = tokenizer_files.inexact(model.vocabulary)
   return (f"tokenizer.json gives some texts other ids: {reason}",) if reason else ()
 
 
-def check_exportable(config: EmbedderConfig, max_length: int) -> None:
-  """Refuses what sentence-transformers cannot express, before anything is read.
+def check_exportable(config: EmbedderConfig, max_length: int | None) -> None:
+  """Refuses what `write` would, before weights are read.
+
+  Args:
+    config: Of the model.
+    max_length: As of `write`, if it is known.
 
   Raises:
     ConfigError: as for `write`.
@@ -395,7 +429,7 @@ def check_exportable(config: EmbedderConfig, max_length: int) -> None:
       f"for it (it has those for {', '.join(_POOLERS.values())}). Train with another "
       "EmbedderConfig.pooler to export."
     )
-  if not 3 <= max_length <= config.transformer.max_length:
+  if max_length is not None and not 3 <= max_length <= config.transformer.max_length:
     raise ConfigError(
       f"--max_length={max_length} is not in 3..{config.transformer.max_length}, the "
       "model's positions"
@@ -444,9 +478,4 @@ def _write_tensors(
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:
-  text = json.dumps(content, indent=2, ensure_ascii=False)
-  _write_bytes(path, text.encode() + b"\n")
-
-
-def _write_bytes(path: pathlib.Path, content: bytes) -> None:
-  path.write_bytes(content)
+  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -12,6 +12,7 @@ one piece also tie, yet no text is known where that shows: random vocabularies a
 texts over two letters gave equal ids, even with these ranks reversed.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -141,19 +142,62 @@ def tokenizer_config(
   return config
 
 
-def tokens_beyond(
-  content: bytes, rows: int, name: str = "tokenizer.json"
-) -> dict[str, int]:
-  """Returns the added tokens of a tokenizer.json without a row in the table, by id.
+@dataclasses.dataclass(frozen=True)
+class TokenizerFacts:
+  """What a tokenizer.json says, whether or not we can make a model of it.
 
-  Gemma's `<image_soft_token>` is one: 262144 in a table of 262,144 rows.
+  Attributes:
+    beyond: Added tokens whose id has no row in the table, to that id; by id.
+    pieces: Token of every other id.
+    adds_bos: Whether its post-processor puts a token before the text.
+    adds_eos: And one after it.
+  """
+
+  beyond: Mapping[str, int]
+  pieces: Mapping[int, str]
+  adds_bos: bool
+  adds_eos: bool
+
+
+def inspect(content: bytes, rows: int, name: str = "tokenizer.json") -> TokenizerFacts:
+  """Returns facts about a tokenizer.json of whatever pipeline.
+
+  Such as Gemma's `<image_soft_token>`, id 262,144 of a table of as many rows.
 
   Raises:
     DataError: `content`, called `name` in the message, is no tokenizer.json.
   """
-  added = _read(content, name).added
-  beyond = {token: entry["id"] for token, entry in added.items() if entry["id"] >= rows}
-  return dict(sorted(beyond.items(), key=lambda item: item[1]))
+  with _malformed(name):
+    parsed = json.loads(content)
+    ids = {str(token): int(i) for token, i in parsed["model"]["vocab"].items()}
+    ids |= {t["content"]: int(t["id"]) for t in parsed["added_tokens"]}
+    ordered = sorted(ids.items(), key=lambda item: item[1])
+    adds_bos, adds_eos = _adds(parsed.get("post_processor") or {})
+    return TokenizerFacts(
+      beyond={token: i for token, i in ordered if i >= rows},
+      pieces={i: token for token, i in ordered if i < rows},
+      adds_bos=adds_bos,
+      adds_eos=adds_eos,
+    )
+
+
+def _adds(processor: Mapping[str, Any]) -> tuple[bool, bool]:
+  """Returns whether a post-processor puts tokens before and after the text."""
+  processors = [processor, *processor.get("processors", [])]
+  found = [p["single"] for p in processors if p.get("type") == "TemplateProcessing"]
+  parts = found[0] if found else [{}]
+  return "SpecialToken" in parts[0], "SpecialToken" in parts[-1]
+
+
+@contextlib.contextmanager
+def _malformed(name: str) -> Iterator[None]:
+  try:
+    yield
+  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    raise DataError(
+      f"{name} is not a tokenizer.json of the tokenizers library ({error!r}); download"
+      " it again, or add Gemma's tokenizer.model to its folder"
+    ) from error
 
 
 def sentencepiece_model(content: bytes, name: str, rows: int) -> bytes:
@@ -161,7 +205,7 @@ def sentencepiece_model(content: bytes, name: str, rows: int) -> bytes:
 
   For checkpoints without tokenizer.model. Settings are Gemma's, ids as in the file,
   scores minus the rank of a piece's first merge; special added tokens are CONTROL,
-  others USER_DEFINED, and tokens at or beyond `rows` are left out (`tokens_beyond`).
+  others USER_DEFINED, and tokens at or beyond `rows` are left out (`inspect`).
   BOS and EOS are always added, whatever the file's post-processor. A "\\t" in the
   place of `<0x09>`, as transformers writes it for Gemma, is the byte again.
 
@@ -319,7 +363,7 @@ class _Source:
 
 
 def _read(content: bytes, name: str) -> _Source:
-  try:
+  with _malformed(name):
     parsed = json.loads(content)
     model = parsed["model"]
     if reason := _not_gemmas_pipeline(parsed):
@@ -331,11 +375,6 @@ def _read(content: bytes, name: str) -> _Source:
       unknown=str(model["unk_token"]),
       added={t["content"]: {**t, "id": int(t["id"])} for t in parsed["added_tokens"]},
     )
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise DataError(
-      f"{name} is not a tokenizer.json of the tokenizers library ({error!r}); download"
-      " it again, or add Gemma's tokenizer.model to its folder"
-    ) from error
 
 
 def _not_gemmas_pipeline(parsed: Mapping[str, Any]) -> str:

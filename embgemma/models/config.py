@@ -125,6 +125,18 @@ class TransformerConfig:
       f"{name}.attention_pattern must list {ATTENTION_KINDS}, "
       f"got {self.attention_pattern}",
     )
+    for field in (
+      "rope_base_local",
+      "rope_base_global",
+      "rope_factor_global",
+      "norm_epsilon",
+      *(() if self.query_scalar is None else ("query_scalar",)),
+    ):
+      value = getattr(self, field)
+      _require(
+        isinstance(value, int | float) and 0 < value < math.inf,
+        f"{name}.{field} must be > 0 and finite, got {value!r}",
+      )
     _require(
       self.mask in MASK_KINDS,
       f"{name}.mask must be one of {MASK_KINDS}, got {self.mask!r}",

@@ -1,10 +1,11 @@
 """What a run that starts from a checkpoint takes from it: model, vocabulary, widths."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 
 from embgemma import checkpoints
-from embgemma.errors import ConfigError
+from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models.config import EmbedderConfig, LoraConfig
 
 
@@ -30,7 +31,7 @@ def checkpoint_model(
     ConfigError: no path, or a value that does not fit the model.
     CheckpointError: the checkpoint cannot be read, or holds no embedder.
   """
-  config = _description(path).embedder
+  _, config = _embedder(path)
   transformer = dataclasses.replace(
     config.transformer,
     remat=remat,
@@ -50,10 +51,9 @@ def checkpoint_vocabulary(path: str | None) -> str:
 
   Raises:
     ConfigError: no path.
-    CheckpointError: the checkpoint cannot be read.
+    CheckpointError: the checkpoint cannot be read, or holds no embedder.
   """
-  _description(path)
-  return str(checkpoints.locate(path or "")[0] / "tokenizer.model")
+  return str(_embedder(path)[0] / "tokenizer.model")
 
 
 def checkpoint_widths(path: str | None) -> tuple[int, ...]:
@@ -63,12 +63,17 @@ def checkpoint_widths(path: str | None) -> tuple[int, ...]:
     ConfigError: no path.
     CheckpointError: the checkpoint cannot be read, or holds no embedder.
   """
-  return tuple(_description(path).embedder.matryoshka_widths)
+  return tuple(_embedder(path)[1].matryoshka_widths)
 
 
-def _description(path: str | None) -> checkpoints.Description:
+def _embedder(path: str | None) -> tuple[pathlib.Path, EmbedderConfig]:
+  """Directory and configuration of a checkpoint's embedder."""
   if not path:
     raise ConfigError(
       "no checkpoint to take the model from; give --gin.INITIAL_CHECKPOINT_PATH=…"
     )
-  return checkpoints.read_description(checkpoints.locate(path)[0])
+  directory, _ = checkpoints.locate(path)
+  try:
+    return directory, checkpoints.read_description(directory).embedder
+  except CheckpointError as error:
+    raise CheckpointError(f"INITIAL_CHECKPOINT_PATH {path}: {error}") from error

@@ -37,7 +37,7 @@ from embgemma.training.train_state import (
   abstract_state,
   restored_state,
   save_state,
-  with_initial_params,
+  state_from_checkpoint,
 )
 from embgemma.training.train_step import TrainStep
 
@@ -165,10 +165,10 @@ def _initial_state(
     state = restored_state(run.store, step, abstract)
     run.console.print(f"resuming from step {step:,}")
     return state, step
-  state = init(jax.random.key(seed))
-  if initial is not None:
-    state = with_initial_params(state, initial, abstract, run.encoder.config)
-  return state, 0
+  key = jax.random.key(seed)
+  if initial is None:
+    return init(key), 0
+  return state_from_checkpoint(init, key, initial, abstract, run.encoder.config), 0
 
 
 _METRIC_ORDER = ("similarity", "accuracy", "", "loss", "gradient_norm")
@@ -368,6 +368,9 @@ def train(
   sharding = partitioner.batch_sharding(mesh)
   description = checkpoints.Description(model, data.lengths, prompts.PROMPTS)
   _check_same_model(directory, description)
+  if initial_checkpoint_path is not None and not checkpoints.is_checkpoint(directory):
+    initial, step = checkpoints.locate(initial_checkpoint_path)
+    CheckpointStore(initial).resolve_step(step)
   run = Run(
     model_dir=directory,
     train_steps=train_steps,
@@ -425,11 +428,14 @@ def train(
 def _check_same_model(
   directory: pathlib.Path, description: checkpoints.Description
 ) -> None:
-  if not (directory / "model.json").exists():
+  if not checkpoints.is_checkpoint(directory):
     return
-  kept = checkpoints.read_description(directory).embedder
-  if kept != description.config:
-    new, old = description.config.to_json(), kept.to_json()
+  kept, config = checkpoints.read_description(directory).embedder, description.embedder
+  # How the backward pass is computed changes no number that is kept.
+  remat = dataclasses.replace(config.transformer, remat=kept.transformer.remat)
+  config = dataclasses.replace(config, transformer=remat)
+  if kept != config:
+    new, old = config.to_json(), kept.to_json()
     pairs = [(k, old[k], new[k]) for k in new if k != "transformer"]
     inner_new, inner_old = new["transformer"], old["transformer"]
     pairs += [(f"transformer.{k}", inner_old[k], inner_new[k]) for k in inner_new]

@@ -195,10 +195,10 @@ def split_trainable(
     ConfigError: a pattern matches no parameter of the embedder.
   """
   flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
-  names = {path: "/".join(path) for path in flat if path[0] == "embedder"}
+  names = {path: "/".join(path[1:]) for path in flat if path[0] == "embedder"}
+  adapters = [name for name in names.values() if re.search(lora.PATTERN, name)]
   if patterns is None:
-    has_adapters = any(re.search(lora.PATTERN, name) for name in names.values())
-    patterns = (lora.PATTERN,) if has_adapters else ("",)
+    patterns = (lora.PATTERN,) if adapters else ("",)
   for pattern in patterns:
     if not any(re.search(pattern, name) for name in names.values()):
       examples = ", ".join(sorted(names.values())[:4])
@@ -206,6 +206,11 @@ def split_trainable(
         f"OptimizerConfig.trainable: {pattern!r} matches no parameter of the embedder; "
         f"it has {len(names)}, such as {examples}"
       )
+  if adapters and not any(re.search(p, name) for p in patterns for name in adapters):
+    raise ConfigError(
+      f"OptimizerConfig.trainable {list(patterns)} leaves every adapter as it is: add "
+      "'lora_' to train them, or train without LoraConfig"
+    )
   frozen = {
     path: flat.pop(path)
     for path, name in names.items()

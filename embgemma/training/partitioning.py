@@ -116,7 +116,8 @@ class Partitioner:
           f"parameter {path}: logical axis {name!r} has no rule; add it to "
           "Partitioner.rules"
         )
-      axes = rules[name] if name is not None else None
+      # Adafactor's placeholders are of size 1: whole on every device.
+      axes = rules[name] if name is not None and size != 1 else None
       flat = (axes,) if isinstance(axes, str) else tuple(axes or ())
       twice = claimed & set(flat)
       if twice:

@@ -1,7 +1,7 @@
 """What a training run changes from step to step."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -148,15 +148,21 @@ def restored_state(
   )
 
 
-def with_initial_params(
-  state: TrainState, path: str, abstract: TrainState, config: EmbedderConfig
+def state_from_checkpoint(
+  init: Callable[[jax.Array], TrainState],
+  key: jax.Array,
+  path: str,
+  abstract: TrainState,
+  config: EmbedderConfig,
 ) -> TrainState:
-  """The fresh state with the embedder's parameters of another checkpoint.
+  """A fresh state with the embedder's parameters of another checkpoint.
 
-  Adapters stay fresh if that checkpoint has none.
+  Adapters are fresh if that checkpoint has none. What it holds is never drawn: a
+  model that just fits has no room for two.
 
   Args:
-    state: Of `abstract_state`'s function.
+    init: Of `abstract_state`.
+    key: Of `init`.
     path: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP.
     abstract: Of `abstract_state`.
     config: Of the state's model.
@@ -169,20 +175,26 @@ def with_initial_params(
   theirs = checkpoints.read_description(directory).embedder.lora
   if theirs is not None and theirs != config.lora:
     raise CheckpointError(
-      f"{directory} has adapters {theirs}, this model {config.lora}; set "
-      "LoraConfig to the checkpoint's, or merge its adapters: `embgemma export "
-      "--to=hf`, then `embgemma import --from=hf`"
+      f"{directory} has adapters {theirs}, this model {config.lora}; set LoraConfig to "
+      "the checkpoint's, train its kernels too with OptimizerConfig.trainable = ['.'], "
+      "or merge: `embgemma export --to=hf`, then `embgemma import --from=hf`"
     )
+
+  def fresh(state: TrainState) -> TrainState:
+    """What the checkpoint does not hold."""
+    adapters = lora.split(state.params["embedder"])[1] if theirs is None else {}
+    params = {**state.params, "embedder": adapters}
+    return dataclasses.replace(state, params=params, ema=None)
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh(abstract))
+  state = jax.jit(lambda key: fresh(init(key)), out_shardings=shardings)(key)
   store = CheckpointStore(directory)
   step = store.resolve_step(step)
   item = store.shipped_item(step)
   expected = abstract.params["embedder"]
   if theirs is None:
     expected, _ = lora.split(expected)
-  found = store.restore(step, {item: expected})[item]
-  if theirs is None:
-    _, fresh = lora.split(state.params["embedder"])
-    found = join(found, fresh)
-  ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), found)
+  found = join(store.restore(step, {item: expected})[item], state.params["embedder"])
+  ema = None if abstract.ema is None else jax.tree.map(lambda x: x.copy(), found)
   params = {**state.params, "embedder": found}
   return dataclasses.replace(state, params=params, ema=ema)

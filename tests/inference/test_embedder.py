@@ -191,7 +191,8 @@ def model_dir(tmp_path_factory, vocabulary, params):
 def test_checkpoint_embeds_as_its_parameters_do(model_dir, encoder, texts, step, seed):
   path = model_dir if step is None else model_dir / "checkpoints" / str(step)
   loaded = CheckpointEmbedder(path)
-  assert loaded.step == (step or 2)
+  assert loaded.name == f"step {step or 2}"
+  assert not loaded.notes
   short = texts[6:12]
   expected = encoder.encode(_init(seed), short)
   np.testing.assert_allclose(loaded.encode(short), expected, atol=1e-6)

@@ -461,7 +461,7 @@ EVALS = [
   Case("built-in", ("--data=a=builtin:wings",), ("wings", "stdlib_docs")),
   Case("width", ("--data=a=plain.jsonl", "--widths=64"), ("64", "32")),
   Case("no width", ("--data=a=plain.jsonl", "--widths=x"), ("--widths=x",)),
-  Case("checkpoint", ("--data=a=plain.jsonl", "--checkpoint=no"), ("no embedder",)),
+  Case("checkpoint", ("--data=a=plain.jsonl", "--checkpoint=no"), ("no model.json",)),
 ]
 
 

@@ -7,12 +7,16 @@ import sys
 import gin
 import pytest
 
-from embgemma import cli, gin_config
+from embgemma import checkpoints, cli, gin_config
+from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import ConfigError
+from embgemma.models.config import EmbedderConfig, TransformerConfig
 
 GIN = pathlib.Path(__file__).parents[2] / "gin"
 MODELS = sorted(path.stem for path in (GIN / "models").glob("*.gin"))
 STAGES = sorted(path.stem for path in (GIN / "stages").glob("*.gin"))
+_LAYER = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 16 + 4 * 32
+_BASE = 640 * 32 + 6 * _LAYER + 32 + 32 * 48 + 48 * 32
 RECIPES = sorted(path.stem for path in (GIN / "recipes").glob("*.gin"))
 
 
@@ -41,10 +45,29 @@ def total_parameters(output: str) -> int:
   return int(re.search(r"parameters: total\D+([\d,]+)", output)[1].replace(",", ""))
 
 
+@pytest.fixture
+def base(tmp_path) -> pathlib.Path:
+  """What `explain` reads of a checkpoint."""
+  transformer = TransformerConfig(
+    vocab_size=640, num_layers=6, width=32, mlp_width=48, num_heads=2, num_kv_heads=1,
+    head_dim=16,
+  )  # fmt: skip
+  config = EmbedderConfig(
+    transformer, hidden_width=48, embedding_width=32, matryoshka_widths=(32, 8)
+  )
+  texts = ["some text to train a vocabulary on, and then some more of it"]
+  vocabulary = train_vocabulary(texts, 420, tmp_path / "small.model", sentinels=4)
+  lengths = {"query": 16, "positive": 16, "negatives": 16}
+  description = checkpoints.Description(config, lengths, {})
+  checkpoints.write_description(tmp_path / "base", description, vocabulary, "")
+  return tmp_path / "base"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("model", MODELS)
-def test_model_with_stage(model, stage, pairs, capsys):
-  own = "VOCABULARY_SIZE = None" in (GIN / "models" / f"{model}.gin").read_text()
+def test_model_with_stage(model, stage, pairs, base, capsys):
+  text = (GIN / "models" / f"{model}.gin").read_text()
+  own = "VOCABULARY_SIZE = None" in text and "checkpoint" not in text
   output = explain(
     capsys,
     f"--gin_file=gin/models/{model}.gin",
@@ -52,11 +75,15 @@ def test_model_with_stage(model, stage, pairs, capsys):
     f"--gin.JSONL_TASKS={{'pairs': '{pairs}'}}",
     # A model with a table of its own needs the file to train, not to be explained.
     *(["--gin.VOCABULARY=tokenizer.model"] if own else []),
+    *([f"--gin.INITIAL_CHECKPOINT_PATH={base}"] if "checkpoint" in text else []),
   )
   assert "pairs" in output
   expected = {
     "embeddinggemma_300m": 307_581_696,
     "gemma3_270m": 268_098_176 + 4_325_376,
+    # Table, layers and norms, heads; rank 16 beside seven kernels of each layer.
+    "from_checkpoint": _BASE,
+    "lora": _BASE + 6 * 16 * (64 + 48 + 48 + 64 + 80 + 80 + 80),
   }
   if model in expected:
     assert total_parameters(output) == expected[model]

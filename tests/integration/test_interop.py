@@ -205,10 +205,45 @@ def test_overwrite_replaces(exported, workspace, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def _from_checkpoint(workspace, imported, model_dir, *more):
+  tasks = {"plain": str(workspace.root / "plain.jsonl")}
+  return (
+    "--gin_file=gin/models/from_checkpoint.gin",
+    "--gin_file=gin/stages/prefinetune.gin",
+    f"--gin.INITIAL_CHECKPOINT_PATH={imported}",
+    f"--gin.MODEL_DIR={model_dir}",
+    "--gin.TASK_FEATURE_LENGTHS={'query': 32, 'positive': 64, 'negatives': 64}",
+    f"--gin.JSONL_TASKS={tasks}",
+    "--gin.BATCH_SIZE=16",
+    *more,
+  )
+
+
 def test_imported_weights_are_no_run(imported, workspace):
-  done = workspace.train(imported)
+  flags = _from_checkpoint(workspace, imported, imported, "--gin.TRAIN_STEPS=1")
+  done = workspace.run("train", *flags)
   assert done.returncode == 1
-  assert "another configuration" in done.stderr or "no run" in done.stderr
+  assert "holds imported weights, not a run" in done.stderr
+
+
+def test_widths_of_losses_and_evaluations_are_one(imported, workspace, tmp_path):
+  flags = ("--gin.MATRYOSHKA_WIDTHS=(32, 8)", "--gin.TRAIN_STEPS=1")
+  flags = _from_checkpoint(workspace, imported, tmp_path / "run", *flags)
+  succeeded(workspace.run("train", *flags))
+  assert read_description(tmp_path / "run").embedder.matryoshka_widths == (32, 8)
+  # Another remat is no other model.
+  flags = (*flags, "--gin.checkpoint_model.remat=none", "--gin.TRAIN_STEPS=2")
+  assert "resuming from step 1" in succeeded(workspace.run("train", *flags)).stdout
+
+
+def test_a_step_that_is_not_there(imported, workspace, tmp_path):
+  flags = _from_checkpoint(
+    workspace, f"{imported}/checkpoints/31", tmp_path / "run", "--gin.TRAIN_STEPS=1"
+  )
+  done = workspace.run("train", *flags)
+  assert done.returncode == 1
+  assert "no step 31; there are [0]" in done.stderr
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_model_from_no_checkpoint(workspace, tmp_path):

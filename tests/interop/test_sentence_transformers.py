@@ -1,21 +1,23 @@
 """Import and export against sentence-transformers' own encode."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
 
 import flax.linen as nn
+import hypothesis
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from embgemma import outputs
 from embgemma.checkpoints import Description
 from embgemma.data import prompts
 from embgemma.data.vocabularies import SentencePieceVocabulary
@@ -125,7 +127,7 @@ def _old_spelling(values: dict) -> dict:
     "rope_theta": rope["full_attention"]["rope_theta"],
     "rope_local_base_freq": rope["sliding_attention"]["rope_theta"],
     "rope_scaling": None,
-    "_sliding_window_pattern": 3,
+    "sliding_window_pattern": 3,
   }
 
 
@@ -135,6 +137,10 @@ def test_old_and_new_spellings_agree(tiny, tmp_path):
   _rewrite(copy / "config.json", _old_spelling)
   again = conversion.open_embedder(copy).description
   assert again == conversion.open_embedder(tiny.directory).description
+  # transformers reads the old spelling alike.
+  old = SentenceTransformer(str(copy), device="cpu")
+  text = "many words " * 40
+  np.testing.assert_allclose(old.encode(text), tiny.model.encode(text), atol=1e-6)
 
 
 def test_old_files_of_pooling_and_dense(tiny, tmp_path):
@@ -182,7 +188,7 @@ def test_bfloat16_computes_in_bfloat16(tiny, tmp_path):
   directory = tmp_path / "half"
   directory.mkdir()
   full = conversion.open_embedder(tiny.directory)
-  sentence_transformers.write(full, directory, "bfloat16")
+  sentence_transformers.write(full, directory, "bfloat16", 1024)
   half = conversion.open_embedder(directory)
   assert half.description.embedder.transformer.dtype == "bfloat16"
   rounded = jax.tree.map(
@@ -207,7 +213,7 @@ def test_bare_text_model_is_a_headless_mean_pooler(
   again = tmp_path / "again"
   again.mkdir()
   sentence_transformers.write(
-    conversion.open_embedder(tmp_path / "inner"), again, "float32"
+    conversion.open_embedder(tmp_path / "inner"), again, "float32", 1024
   )
   exported = dataclasses.replace(
     reference, model=SentenceTransformer(str(again), device="cpu")
@@ -258,7 +264,9 @@ def _trained(vocabulary: SentencePieceVocabulary, **changes) -> Model:
 
 def _export(model: Model, directory: pathlib.Path, **options) -> pathlib.Path:
   directory.mkdir()
-  sentence_transformers.write(model, directory, **{"dtype": "float32"} | options)
+  sentence_transformers.write(
+    model, directory, **{"dtype": "float32", "max_length": 700} | options
+  )
   return directory
 
 
@@ -317,12 +325,14 @@ def test_special_tokens_in_text_stay_text(tmp_path, vocabulary):
   [
     ({"pooler": "attention"}, "no module for it"),
     ({"window": (255, 256)}, "same number on both sides"),
+    ({"query_scalar": 12.5}, "whole numbers only"),
+    ({"num_heads": 5}, "no multiple of num_heads"),
   ],
 )
 def test_what_cannot_be_exported(tmp_path, vocabulary, changes, message):
   model = _trained(vocabulary)
   config = model.description.embedder
-  if "window" in changes:
+  if "pooler" not in changes:
     changes = {"transformer": dataclasses.replace(config.transformer, **changes)}
   config = dataclasses.replace(config, **changes)
   description = dataclasses.replace(model.description, config=config)
@@ -432,15 +442,155 @@ def test_configurations_refused(tiny, tmp_path, change, message):
   assert str(copy) in str(caught.value)
 
 
-def test_scaled_rope_is_refused(tiny, tmp_path):
+@pytest.mark.parametrize(
+  ("scaling", "message"),
+  [
+    ({"rope_type": "linear"}, "'linear' is not supported"),
+    ({"rope_type": "yarn", "factor": 2.0}, "'yarn' is not supported"),
+  ],
+)
+def test_other_rope_is_refused(tiny, tmp_path, scaling, message):
   copy = _copy(tiny, tmp_path)
 
   def scale(values):
-    values["rope_parameters"]["full_attention"]["rope_type"] = "linear"
+    values["rope_parameters"]["full_attention"] |= scaling
     return values
 
   _rewrite(copy / "config.json", scale)
-  with pytest.raises(CheckpointError, match="'linear' is not supported"):
+  with pytest.raises(CheckpointError, match=message):
+    conversion.open_embedder(copy)
+
+
+def test_linear_rope_of_global_layers(tiny, tmp_path):
+  copy = _copy(tiny, tmp_path)
+
+  def scale(values):
+    rope = values["rope_parameters"]["full_attention"]
+    rope |= {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}
+    return values
+
+  _rewrite(copy / "config.json", scale)
+  text = "many different words, and then " * 40
+  theirs = SentenceTransformer(str(copy), device="cpu").encode([text])
+  np.testing.assert_allclose(
+    CheckpointEmbedder(copy).encode([text]), theirs, atol=_BOUND
+  )
+  assert np.abs(theirs - tiny.model.encode([text])).max() > 1e-3
+  exported = _export(conversion.open_embedder(copy), tmp_path / "hf")
+  again = SentenceTransformer(str(exported), device="cpu").encode([text])
+  np.testing.assert_allclose(again, theirs, atol=_BOUND)
+
+
+def _notes(directory: pathlib.Path) -> str:
+  return "\n".join(conversion.open_embedder(directory).notes)
+
+
+def test_a_halved_window_is_noted(tiny, tmp_path):
+  copy = _copy(tiny, tmp_path)
+  _rewrite(copy / "config.json", lambda values: values | {"sliding_window": 257})
+  assert "trained with 512" in _notes(copy)
+  assert "window='(256, 256)'" in _notes(copy)
+  assert "sliding_window" not in _notes(tiny.directory)
+  transformer = conversion.open_embedder(copy).description.embedder.transformer
+  assert transformer.window == (128, 128)  # as transformers reads it
+
+
+def test_a_tokenizer_without_eos_is_noted(tiny, tmp_path):
+  copy = _copy(tiny, tmp_path)
+
+  def only_bos(values):
+    del values["post_processor"]["single"][-1]
+    return values
+
+  _rewrite(copy / "tokenizer.json", only_bos)
+  assert "does not add EOS" in _notes(copy)
+  assert "does not add" not in _notes(tiny.directory)
+
+
+def test_truncation_at_the_beginning_is_noted(tiny, tmp_path):
+  copy = _copy(tiny, tmp_path)
+  _rewrite(
+    copy / "tokenizer_config.json", lambda values: values | {"truncation_side": "left"}
+  )
+  assert "cut at their beginning" in _notes(copy)
+
+
+def test_tokenizers_that_disagree_are_noted(tiny, tmp_path, vocabulary):
+  copy = _copy(tiny, tmp_path)
+  model = vocabulary.effective_model
+  (copy / "tokenizer.model").write_bytes(model.SerializeToString())
+  assert "disagree" not in _notes(copy)
+  model.pieces[2000].piece = "otter▁"
+  (copy / "tokenizer.model").write_bytes(model.SerializeToString())
+  assert "disagree on 1 tokens, such as 2000: 'otter▁'" in _notes(copy)
+
+
+def test_a_left_over_tokenizer_model_gives_way(tiny, tmp_path, vocabulary):
+  copy = _copy(tiny, tmp_path)
+  model = vocabulary.effective_model
+  del model.pieces[-70:]
+  (copy / "tokenizer.model").write_bytes(model.SerializeToString())
+  assert conversion.open_embedder(copy).vocabulary.size == vocabulary.size
+
+
+def test_left_over_shards_are_not_read(tiny, tmp_path):
+  copy = _copy(tiny, tmp_path)
+  (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+  assert _same_params(
+    conversion.open_embedder(copy), conversion.open_embedder(tiny.directory)
+  )
+
+
+@pytest.mark.parametrize("table", [{}, {"query": "", "document": ""}, {"query": "q: "}])
+def test_prompts_of_its_own(tiny, tmp_path, table):
+  copy = _copy(tiny, tmp_path)
+  _rewrite(
+    copy / "config_sentence_transformers.json",
+    lambda values: values | {"prompts": table},
+  )
+  model = conversion.open_embedder(copy)
+  assert "not EmbeddingGemma's" in "\n".join(model.notes)
+  assert model.description.prompts == {**table, "none": ""}
+  exported = _export(model, tmp_path / "hf")
+  assert conversion.open_embedder(exported).description.prompts == {**table, "none": ""}
+
+
+_JUNK = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+  lambda inner: (
+    st.lists(inner, max_size=2)
+    | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+  ),
+  max_leaves=3,
+)
+_KEYS = {
+  "config.json": ("layer_types", "rope_parameters", "sliding_window", "rms_norm_eps",
+    "query_pre_attn_scalar", "hidden_size", "head_dim", "num_hidden_layers",
+    "matryoshka_dimensions", "max_position_embeddings", "vocab_size"),
+  "config_sentence_transformers.json": ("prompts", "default_prompt_name"),
+  "1_Pooling/config.json": ("pooling_mode", "include_prompt"),
+  "2_Dense/config.json": ("bias", "activation_function"),
+  "sentence_bert_config.json": ("max_seq_length", "do_lower_case"),
+  "tokenizer_config.json": ("model_max_length", "truncation_side"),
+  "tokenizer.json": ("post_processor", "added_tokens", "model"),
+}  # fmt: skip
+
+
+@hypothesis.given(
+  place=st.sampled_from([(f, key) for f, keys in _KEYS.items() for key in keys]),
+  junk=_JUNK,
+)
+@hypothesis.settings(
+  max_examples=60,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+def test_junk_is_refused_or_read(tiny, tmp_path_factory, place, junk):
+  file, key = place
+  copy = _copy(tiny, tmp_path_factory.mktemp("junk"))
+  # Sizes that fit no tensor are refused only after arrays of that size are made.
+  hypothesis.assume(not (isinstance(junk, int) and junk > 10_000))
+  _rewrite(copy / file, lambda values: values | {key: junk})
+  with contextlib.suppress(CheckpointError, ConfigError, DataError):
     conversion.open_embedder(copy)
 
 
@@ -508,34 +658,3 @@ def test_image_token_beyond_the_table(tiny, tmp_path, vocabulary):
   assert any("<image_soft_token> (id 3000) has no row" in note for note in model.notes)
   vectors = CheckpointEmbedder(copy).encode(["an <image_soft_token> in a text"])
   assert np.isfinite(vectors).all()
-
-
-def _interrupted(target: pathlib.Path, overwrite: bool) -> None:
-  with outputs.new_directory(target, overwrite) as directory:
-    (directory / "config.json").write_text("half")
-    raise RuntimeError
-
-
-def test_outputs_are_whole_or_not_there(tmp_path):
-  target = tmp_path / "model"
-  with pytest.raises(RuntimeError):
-    _interrupted(target, False)
-  assert not list(tmp_path.iterdir())
-  with outputs.new_directory(target, False) as directory:
-    (directory / "config.json").write_text("1")
-  with pytest.raises(DataError, match="exists already.*--overwrite"):
-    outputs.check_vacant(target, False)
-  with pytest.raises(RuntimeError):
-    _interrupted(target, True)
-  assert (target / "config.json").read_text() == "1"
-  with outputs.new_directory(target, True) as directory:
-    (directory / "config.json").write_text("2")
-  assert (target / "config.json").read_text() == "2"
-  assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_overwrite_deletes_no_other_directory(tmp_path):
-  (tmp_path / "letters").mkdir()
-  (tmp_path / "letters" / "to_mother.txt").write_text("dear")
-  with pytest.raises(DataError, match="holds no model"):
-    outputs.check_vacant(tmp_path / "letters", True)

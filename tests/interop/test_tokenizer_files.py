@@ -18,10 +18,10 @@ from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 from embgemma.interop.tokenizer_files import (
   inexact,
+  inspect,
   sentencepiece_model,
   tokenizer_config,
   tokenizer_json,
-  tokens_beyond,
 )
 
 _Piece = ModelProto.SentencePiece
@@ -248,7 +248,7 @@ def test_folder_that_transformers_saves_is_read(vocabulary, folder, tmp_path):
   auto.add_special_tokens({"additional_special_tokens": ["<image_soft_token>"]})
   auto.save_pretrained(tmp_path / "saved")
   content = (tmp_path / "saved" / "tokenizer.json").read_bytes()
-  assert tokens_beyond(content, vocabulary.size) == {
+  assert inspect(content, vocabulary.size).beyond == {
     "<image_soft_token>": vocabulary.size
   }
   assert _ids(_read_back(content, vocabulary.size)) == _ids(vocabulary)
@@ -345,11 +345,41 @@ def test_tokens_without_a_row_are_listed_by_id(trained):
       content["added_tokens"].append({"id": i, "content": name, "special": True})
 
   content = _rewritten(trained, edit)
-  beyond = tokens_beyond(content, 2500)
+  beyond = inspect(content, 2500).beyond
   assert list(beyond.items()) == [("<a_soft_token>", 2500), ("<b_soft_token>", 2501)]
-  assert tokens_beyond(content, 2502) == {}
+  assert inspect(content, 2502).beyond == {}
   assert _read_back(content, 2500).size == 2500
   assert _read_back(content, 2502).piece_id("<b_soft_token>") == 2501
+
+
+def _template(*parts):
+  names = {"A": {"Sequence": {"id": "A", "type_id": 0}}}
+  single = [names.get(p, {"SpecialToken": {"id": p, "type_id": 0}}) for p in parts]
+  return {"type": "TemplateProcessing", "single": single}
+
+
+@pytest.mark.parametrize(
+  ("processor", "added"),
+  [
+    (None, (False, False)),
+    (_template("<bos>", "A", "<eos>"), (True, True)),
+    (_template("<bos>", "A"), (True, False)),
+    (_template("A", "<eos>"), (False, True)),
+    (
+      {"type": "Sequence", "processors": [{"type": "x"}, _template("<bos>", "A")]},
+      (True, False),
+    ),
+  ],
+)
+def test_what_a_post_processor_adds(trained, processor, added):
+  def edit(content):
+    content["post_processor"] = processor
+    content["normalizer"] = None  # of no Gemma: facts are read all the same
+
+  facts = inspect(_rewritten(trained, edit), 2500)
+  assert (facts.adds_bos, facts.adds_eos) == added
+  assert facts.pieces[2] == "<bos>"
+  assert len(facts.pieces) == trained.size
 
 
 def _set(path, value):
@@ -429,7 +459,7 @@ def test_not_a_tokenizer_json(content):
   with pytest.raises(DataError, match=f"{_NAME} is not a tokenizer.json.*again"):
     sentencepiece_model(content, _NAME, 2500)
   with pytest.raises(DataError, match=f"{_NAME} is not a tokenizer.json.*again"):
-    tokens_beyond(content, 2500, _NAME)
+    inspect(content, 2500, _NAME)
 
 
 def _setting(spec, field, value):

@@ -28,7 +28,7 @@ from embgemma.training.train_state import (
   abstract_state,
   restored_state,
   save_state,
-  with_initial_params,
+  state_from_checkpoint,
 )
 from embgemma.training.train_step import TrainStep
 
@@ -93,6 +93,12 @@ class Setup:
   def state(self):
     return self.init(jax.random.key(0))
 
+  def state_from(self, directory):
+    key = jax.random.key(0)
+    return state_from_checkpoint(
+      self.init, key, str(directory), self.abstract, self.config
+    )
+
   def batches(self, task):
     shards = data_shards(self.mesh)
     vocab_size = self.config.transformer.vocab_size
@@ -122,7 +128,10 @@ def task(make_task):
 
 @pytest.mark.parametrize("ema_decay", [None, 0.3])
 def test_only_adapters_change(config, objective, task, ema_decay):
-  first, last, metrics = Setup(config, objective, ema_decay=ema_decay).train(task)
+  # Decay alone would move them, too.
+  optimizer = dataclasses.replace(OPTIMIZER, weight_decay=0.0)
+  setup = Setup(config, objective, optimizer, ema_decay=ema_decay)
+  first, last, metrics = setup.train(task)
   trees = [(first.params["embedder"], last.params["embedder"])]
   if ema_decay is not None:
     trees.append((first.ema, last.ema))
@@ -257,6 +266,21 @@ def test_patterns_that_match_nothing(config, objective):
     Setup(config, objective, optimizer)
 
 
+def test_adapters_that_stay_as_they_are(config, objective):
+  optimizer = dataclasses.replace(OPTIMIZER, trainable=("projection",))
+  with pytest.raises(ConfigError, match="leaves every adapter as it is"):
+    Setup(config, objective, optimizer)
+
+
+def test_patterns_see_paths_of_the_embedder(config, objective):
+  params = Setup(config, objective).abstract.params["embedder"]
+  trainable, _ = split_trainable(
+    {"embedder": params, "objective": {}}, ["^encoder/final_norm", "lora_a"]
+  )
+  assert "final_norm" in trainable["embedder"]["encoder"]
+  assert "embedder" not in trainable["embedder"]["encoder"]
+
+
 @pytest.mark.parametrize("trainable", [(), "lora", ("(",)])
 def test_patterns_that_are_none(trainable):
   with pytest.raises(ConfigError, match=r"OptimizerConfig.trainable"):
@@ -329,7 +353,7 @@ def test_adapters_start_beside_a_base_model(
   write_checkpoint(tmp_path, base, theirs)
   setup = Setup(config, objective, ema_decay=ema_decay)
   fresh = setup.state()
-  state = with_initial_params(fresh, str(tmp_path), setup.abstract, config)
+  state = setup.state_from(tmp_path)
   kernels, adapters = lora.split(state.params["embedder"])
   equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
   equal(kernels, theirs.params["embedder"])
@@ -339,6 +363,9 @@ def test_adapters_start_beside_a_base_model(
     equal(state.ema, state.params["embedder"])
   pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
   assert len(pointers) == len(set(pointers))  # or it could not be donated
+  # The objective's parameters and the optimizer's state start as in any run.
+  equal(state.params["objective"], fresh.params["objective"])
+  equal(state.opt_state, fresh.opt_state)
 
 
 def test_adapters_go_on_from_their_own_checkpoint(
@@ -347,7 +374,7 @@ def test_adapters_go_on_from_their_own_checkpoint(
   setup = Setup(config, objective)
   theirs = moved(setup.state(), 0.5)
   write_checkpoint(tmp_path, setup, theirs)
-  state = with_initial_params(setup.state(), str(tmp_path), setup.abstract, config)
+  state = setup.state_from(tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
     state.params["embedder"],
@@ -356,4 +383,4 @@ def test_adapters_go_on_from_their_own_checkpoint(
   for adapters in (None, dataclasses.replace(config.lora, alpha=4.0)):
     other = Setup(dataclasses.replace(config, lora=adapters), objective)
     with pytest.raises(CheckpointError, match="has adapters.*alpha=3.0.*merge"):
-      with_initial_params(other.state(), str(tmp_path), other.abstract, other.config)
+      other.state_from(tmp_path)
