@@ -115,10 +115,10 @@ def write_errors(path: os.PathLike[str] | str) -> Iterator[None]:
     raise _write_error(path, error) from error
   except ValueError as error:
     # What the system said, as tensorstore passes it on.
-    found = re.search(r"os_error_code='(\w+)'", str(error))
+    found = re.search(r"os_error_code='(\d+)'", str(error))
     if not found and "No space left" not in str(error):
       raise
-    code = getattr(errno, found[1], errno.EIO) if found else errno.ENOSPC
+    code = int(found[1]) if found else errno.ENOSPC
     system = OSError(code, os.strerror(code))
     raise _write_error(path, system) from system
 

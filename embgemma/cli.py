@@ -384,7 +384,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _export_hf(options: argparse.Namespace) -> None:
   from embgemma.evaluation import model_card
-  from embgemma.interop import conversion, sentence_transformers
+  from embgemma.interop import conversion, sentence_transformers_writer
 
   output = pathlib.Path(options.output)
   if options.dtype not in ("float32", "bfloat16"):
@@ -395,13 +395,15 @@ def _export_hf(options: argparse.Namespace) -> None:
   outputs.check_directory(output, options.overwrite, options.checkpoint)
 
   def check(config: Any) -> None:
-    sentence_transformers.check_exportable(config, options.max_length)
+    sentence_transformers_writer.check_exportable(config, options.max_length)
 
   model = conversion.open_embedder(options.checkpoint, check)
   length = options.max_length or model.description.max_length
   card = model_card.model_card(model, output.resolve().name, options.dtype, length)
   with outputs.new_directory(output) as directory:
-    notes = sentence_transformers.write(model, directory, options.dtype, length, card)
+    notes = sentence_transformers_writer.write(
+      model, directory, options.dtype, length, card
+    )
   _print_notes((*model.notes, *notes))
   print(f"{model.size:,} parameters: {output}", file=sys.stderr)
 

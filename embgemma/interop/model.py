@@ -8,7 +8,7 @@ import jax
 from embgemma.checkpoints import Description
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import CheckpointError
-from embgemma.interop import tokenizer_files
+from embgemma.interop import tokenizer_reader
 from embgemma.interop.layout import NumpyTree
 
 BACKBONE_LENGTH = 2048
@@ -97,7 +97,7 @@ def _from_json(
   left over from before tokens were added.
   """
   content = json_path.read_bytes()
-  facts = tokenizer_files.inspect(content, rows, str(json_path))
+  facts = tokenizer_reader.inspect(content, rows, str(json_path))
   notes = [
     f"{token} (id {number}) has no row in the table of {rows:,}: it stays text"
     for token, number in facts.beyond.items()
@@ -112,13 +112,13 @@ def _from_json(
     vocabulary = SentencePieceVocabulary(model_path)
     if _fits(vocabulary, rows):
       return vocabulary, notes + _disagreements(vocabulary, facts)
-  serialized = tokenizer_files.sentencepiece_model(content, str(json_path), rows)
+  serialized = tokenizer_reader.sentencepiece_model(content, str(json_path), rows)
   notes.append("tokenizer.model was made from tokenizer.json")
   return SentencePieceVocabulary.from_serialized(serialized, str(json_path)), notes
 
 
 def _disagreements(
-  vocabulary: SentencePieceVocabulary, facts: tokenizer_files.TokenizerFacts
+  vocabulary: SentencePieceVocabulary, facts: tokenizer_reader.TokenizerFacts
 ) -> list[str]:
   own = {i: piece.piece for i, piece in enumerate(vocabulary.effective_model.pieces)}
   # transformers' converter writes the byte so.

@@ -1,4 +1,4 @@
-"""sentence-transformers directories around a Hugging Face Gemma 3 text model.
+"""sentence-transformers directories around a Hugging Face Gemma 3 text model, read.
 
     modules.json                       the order of what follows
     config.json, model*.safetensors    Transformer, in the directory itself
@@ -7,14 +7,14 @@
     config_sentence_transformers.json  prompts
 
 Formats: sentence-transformers 6.2, and the older spelling that EmbeddingGemma's files
-have, which both read.
+have.
 """
 
 import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from embgemma.checkpoints import Description
 from embgemma.data import prompts
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.interop import huggingface, layout, safetensors_files, tokenizer_files
+from embgemma.interop import huggingface, layout
 from embgemma.interop.layout import Slot, Tensor
 from embgemma.interop.model import (
   BACKBONE_LENGTH,
@@ -34,9 +34,11 @@ from embgemma.interop.safetensors_files import SafetensorsDirectory
 from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
 
 MODULES = "modules.json"
-_POOLERS = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+POOLERS: Mapping[str, str] = {"mean": "mean", "cls": "first", "lasttoken": "last"}
+"""Pooling modes of sentence-transformers to ours."""
+
 # Every flag of the older spelling; sentence-transformers wants them all.
-_POOLING_FLAGS = {
+POOLING_FLAGS: Mapping[str, str] = {
   "cls": "pooling_mode_cls_token",
   "mean": "pooling_mode_mean_tokens",
   "max": "pooling_mode_max_tokens",
@@ -44,7 +46,6 @@ _POOLING_FLAGS = {
   "weightedmean": "pooling_mode_weightedmean_tokens",
   "lasttoken": "pooling_mode_lasttoken",
 }
-_IDENTITY = "torch.nn.modules.linear.Identity"
 # EmbeddingGemma's files do not say them (arXiv 2509.20354, section 2.2).
 _EMBEDDINGGEMMA = {"heads": (768, 3072, 768), "widths": (768, 512, 256, 128)}
 
@@ -165,8 +166,8 @@ def _read_stack(
   return tree
 
 
-def _head_tensors(config: EmbedderConfig) -> list[tuple[str, Tensor]]:
-  """Our name and the torch tensor of each head."""
+def head_tensors(config: EmbedderConfig) -> list[tuple[str, Tensor]]:
+  """Our name and the torch tensor of each Dense module."""
   if config.hidden_width is None:
     return []
   widths = (config.transformer.width, config.hidden_width, config.embedding_width)
@@ -181,7 +182,7 @@ def _read_heads(
   config: EmbedderConfig, sources: Sequence[SafetensorsDirectory]
 ) -> layout.NumpyTree:
   tree: layout.NumpyTree = {}
-  for (name, tensor), source in zip(_head_tensors(config), sources, strict=True):
+  for (name, tensor), source in zip(head_tensors(config), sources, strict=True):
     layout.check_names([tensor], source)
     shape = tensor.parts[0].slot.shape
     tree[name] = {"kernel": np.empty(shape, np.float32)}
@@ -281,19 +282,19 @@ def _read_pooler(directory: pathlib.Path) -> str:
   values = huggingface.read_json(path)
   modes = values.get("pooling_mode")
   if modes is None:
-    modes = [mode for mode, flag in _POOLING_FLAGS.items() if values.get(flag)]
+    modes = [mode for mode, flag in POOLING_FLAGS.items() if values.get(flag)]
   modes = modes if isinstance(modes, list) else [modes]
-  if len(modes) != 1 or str(modes[0]) not in _POOLERS:
+  if len(modes) != 1 or str(modes[0]) not in POOLERS:
     raise CheckpointError(
       f"{path}: pooling {'+'.join(map(str, modes)) or 'none'} is not supported; "
-      f"embgemma has one of {', '.join(_POOLERS)}"
+      f"embgemma has one of {', '.join(POOLERS)}"
     )
   if not values.get("include_prompt", True):
     raise CheckpointError(
       f"{path}: include_prompt is false; embgemma pools over prompts, too, as "
       "EmbeddingGemma does"
     )
-  return _POOLERS[modes[0]]
+  return POOLERS[modes[0]]
 
 
 def _read_dense(directory: pathlib.Path) -> SafetensorsDirectory:
@@ -325,157 +326,3 @@ def _read_max_length(directory: pathlib.Path, transformer: pathlib.Path) -> int 
   if not isinstance(length, int | float) or length < 3:
     raise CheckpointError(f"{path}: max_seq_length is {length!r}; it must be 3 or more")
   return int(min(length, 1 << 31))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Module:
-  kind: str
-  config: Mapping[str, Any] | None = None
-  tensor: Tensor | None = None
-
-
-def write(
-  model: Model,
-  directory: pathlib.Path,
-  dtype: str,
-  max_length: int,
-  card: str = "",
-) -> tuple[str, ...]:
-  """Writes a complete sentence-transformers directory.
-
-  Args:
-    model: An embedder.
-    directory: Exists, and is empty.
-    dtype: Of the weights, "float32" or "bfloat16".
-    max_length: Tokens a text is cut to.
-    card: Content of README.md.
-
-  Returns:
-    What the user should know about it.
-
-  Raises:
-    CheckpointError: the model is no embedder.
-    ConfigError: transformers or sentence-transformers has no such model.
-  """
-  config = model.description.embedder
-  check_exportable(config, max_length)
-  transformer = config.transformer
-  text_model = huggingface.config_json(transformer, dtype)
-  widths = list(config.matryoshka_widths)
-  # Keys that vLLM reads, and our import.
-  text_model |= {"is_matryoshka": len(widths) > 1, "matryoshka_dimensions": widths}
-  tokenizer_config = tokenizer_files.tokenizer_config(model.vocabulary, max_length)
-  _write_json(directory / "config.json", text_model)
-  tokenizer_json = tokenizer_files.tokenizer_json(model.vocabulary)
-  (directory / "tokenizer.json").write_bytes(tokenizer_json)
-  (directory / "tokenizer.model").write_bytes(model.vocabulary.serialized)
-  _write_json(directory / "tokenizer_config.json", tokenizer_config)
-  _write_json(
-    directory / "sentence_bert_config.json",
-    {"max_seq_length": max_length, "do_lower_case": False},
-  )
-  named = dict(model.description.prompts)
-  named.pop(prompts.NO_PROMPT, None)
-  _write_json(
-    directory / "config_sentence_transformers.json",
-    {
-      "model_type": "SentenceTransformer",
-      "prompts": named,
-      "default_prompt_name": None,
-      "similarity_fn_name": "cosine",
-    },
-  )
-  modules = _modules(config)
-  _write_json(
-    directory / MODULES,
-    [
-      {
-        "idx": i,
-        "name": str(i),
-        "path": _folder(i, module),
-        "type": f"sentence_transformers.models.{module.kind}",
-      }
-      for i, module in enumerate(modules)
-    ],
-  )
-  for i, module in enumerate(modules[1:], start=1):
-    folder = directory / _folder(i, module)
-    folder.mkdir()
-    if module.config is not None:
-      _write_json(folder / "config.json", module.config)
-    if module.tensor is not None:
-      _write_tensors(folder, [module.tensor], model.params, dtype)
-  tensors = huggingface.stack_tensors(transformer, ("encoder",))
-  _write_tensors(directory, tensors, model.params, dtype)
-  if card:
-    (directory / "README.md").write_text(card)
-  reason = tokenizer_files.inexact(model.vocabulary)
-  return (f"tokenizer.json gives some texts other ids: {reason}",) if reason else ()
-
-
-def check_exportable(config: EmbedderConfig, max_length: int | None) -> None:
-  """Refuses what `write` would, before weights are read.
-
-  Args:
-    config: Of the model.
-    max_length: As of `write`, if it is known.
-
-  Raises:
-    ConfigError: as for `write`.
-  """
-  if config.pooler not in _POOLERS.values():
-    raise ConfigError(
-      f"the model's pooler is {config.pooler!r}; sentence-transformers has no module "
-      f"for it (it has those for {', '.join(_POOLERS.values())}). Train with another "
-      "EmbedderConfig.pooler to export."
-    )
-  if max_length is not None and not 3 <= max_length <= config.transformer.max_length:
-    raise ConfigError(
-      f"--max_length={max_length} is not in 3..{config.transformer.max_length}, the "
-      "model's positions"
-    )
-  huggingface.config_json(config.transformer, "float32")
-
-
-def _modules(config: EmbedderConfig) -> list[_Module]:
-  width = config.transformer.width
-  modes = {ours: theirs for theirs, ours in _POOLERS.items()}
-  pooling: dict[str, Any] = {"word_embedding_dimension": width}
-  pooling |= {
-    flag: mode == modes[config.pooler] for mode, flag in _POOLING_FLAGS.items()
-  }
-  pooling["include_prompt"] = True
-  modules = [_Module("Transformer"), _Module("Pooling", pooling)]
-  for _, tensor in _head_tensors(config):
-    out_features, in_features = tensor.shape
-    dense = {
-      "in_features": in_features,
-      "out_features": out_features,
-      "bias": False,
-      "activation_function": _IDENTITY,
-    }
-    modules.append(_Module("Dense", dense, tensor))
-  return [*modules, _Module("Normalize")]
-
-
-def _folder(index: int, module: _Module) -> str:
-  return f"{index}_{module.kind}" if index else ""
-
-
-def _write_tensors(
-  directory: pathlib.Path,
-  tensors: Iterable[Tensor],
-  params: layout.NumpyTree,
-  dtype: str,
-) -> None:
-  def entry(tensor: Tensor) -> safetensors_files.Entry:
-    (part,) = tensor.parts
-    # Transposition and identity are their own inverses.
-    return tensor.name, tensor.shape, lambda: part.pick(part.slot.view(params))
-
-  with open(directory / safetensors_files.SINGLE, "wb") as file:
-    safetensors_files.write(file, map(entry, tensors), dtype)
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

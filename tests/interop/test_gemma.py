@@ -2,6 +2,8 @@
 
 import pathlib
 import shutil
+import subprocess
+import sys
 import types
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from embgemma import checkpoints
 from embgemma.data.prompts import PROMPTS
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError
@@ -225,6 +228,22 @@ def test_logits_beyond_the_window(model, tokenizer, write):
   )
   assert np.abs(expected).max() > 1
   np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_the_command(tokenizer, write, tmp_path):
+  source, output = write(), tmp_path / "backbone"
+  command = ["import", "--from=gemma", f"--source={source}", f"--output={output}"]
+  done = subprocess.run(
+    [sys.executable, "-m", "embgemma", *command, f"--tokenizer={tokenizer}"],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  loaded = gemma.load(source, tokenizer)
+  assert checkpoints.read_description(output) == loaded.description
+  store = checkpoints.CheckpointStore(output)
+  restored = store.restore(0, {"params": loaded.params})["params"]
+  jax.tree.map(np.testing.assert_array_equal, restored, loaded.params)
 
 
 def test_tokenizer_of_the_directory(tokenizer, write):

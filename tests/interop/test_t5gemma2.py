@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from transformers import (
   T5Gemma2ForConditionalGeneration,
 )
 
+from embgemma import checkpoints
 from embgemma.data.prompts import PROMPTS
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError
@@ -346,3 +349,17 @@ def test_other_configurations_are_refused(change, message, rewrite):
   with pytest.raises(CheckpointError, match=message) as error:
     t5gemma2.load(directory)
   assert str(error.value).startswith(str(directory / "config.json"))
+
+
+def test_the_command(saved, loaded, tmp_path):
+  output = tmp_path / "backbone"
+  command = ["import", "--from=t5gemma2", f"--source={saved}", f"--output={output}"]
+  done = subprocess.run(
+    [sys.executable, "-m", "embgemma", *command], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr
+  assert "not read" in done.stderr
+  assert checkpoints.read_description(output) == loaded.description
+  store = checkpoints.CheckpointStore(output)
+  restored = store.restore(0, {"params": loaded.params})["params"]
+  jax.tree.map(np.testing.assert_array_equal, restored, loaded.params)

@@ -18,11 +18,10 @@ from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 from embgemma.interop.tokenizer_files import (
   inexact,
-  inspect,
-  sentencepiece_model,
   tokenizer_config,
   tokenizer_json,
 )
+from embgemma.interop.tokenizer_reader import inspect, sentencepiece_model
 
 _Piece = ModelProto.SentencePiece
 _NAME = "folder/tokenizer.json"
