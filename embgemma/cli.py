@@ -366,13 +366,17 @@ def _import(options: argparse.Namespace) -> None:
   model = conversion.load(options.source_format, source, tokenizer)
   with outputs.new_directory(output) as directory:
     conversion.write_checkpoint(model, directory)
-  _print_notes(model.notes)
-  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
+  _print_converted(model, model.notes, output)
 
 
 def _print_notes(notes: Iterable[str]) -> None:
   for note in notes:
     print(f"note: {note}", file=sys.stderr)
+
+
+def _print_converted(model: Any, notes: Iterable[str], output: pathlib.Path) -> None:
+  _print_notes(notes)
+  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -404,8 +408,7 @@ def _export_hf(options: argparse.Namespace) -> None:
     notes = sentence_transformers_writer.write(
       model, directory, options.dtype, length, card
     )
-  _print_notes((*model.notes, *notes))
-  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
+  _print_converted(model, (*model.notes, *notes), output)
 
 
 def _export_gguf(options: argparse.Namespace) -> None:
@@ -423,8 +426,7 @@ def _export_gguf(options: argparse.Namespace) -> None:
   model = conversion.open_embedder(options.checkpoint, check)
   with outputs.new_path(output) as path:
     gguf_file.write(model, path, weight_type)
-  _print_notes(model.notes)
-  print(f"{model.size:,} parameters: {output}", file=sys.stderr)
+  _print_converted(model, model.notes, output)
 
 
 def _report_unraisable(unraisable: Any) -> None:
@@ -473,12 +475,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
       _embed(options)
     elif options.command == "eval":
       _evaluate(options)
-    elif options.command == "import":
-      signal.signal(signal.SIGTERM, _end)
-      _import(options)
     else:
       signal.signal(signal.SIGTERM, _end)
-      _export(options)
+      (_import if options.command == "import" else _export)(options)
   except EmbgemmaError as error:
     print(f"embgemma: error: {error}", file=sys.stderr)
     raise SystemExit(1) from None

@@ -80,13 +80,8 @@ def _usage(description: Description) -> str:
 
 
 def _prompts(description: Description) -> str:
-  rows = [
-    f"| {name} | `{text}` |".replace(" | query:", " \\| query:").replace(
-      " | text:", " \\| text:"
-    )
-    for name, text in description.prompts.items()
-    if text
-  ]
+  escaped = {n: text.replace("|", "\\|") for n, text in description.prompts.items()}
+  rows = [f"| {name} | `{text}` |" for name, text in escaped.items() if text]
   intro = "Put in front of the text (the last space belongs to it), by name:"
   return "\n".join(
     ["## Prompts", "", intro, "", "| name | prompt |", "| --- | --- |", *rows, ""]
@@ -106,7 +101,7 @@ def _training(directory: pathlib.Path) -> Sequence[str]:
   path = directory / "operative.gin"
   if not path.exists():
     return []
-  recipe = _ABSOLUTE_PATH.sub("", path.read_text()).strip()
+  recipe = _ABSOLUTE_PATH.sub("", path.read_text("utf-8")).strip()
   tasks = re.search(r"^JSONL_TASKS = ((?:.*\\\n)*.*)$", recipe, re.MULTILINE)
   data = "Tasks and rates are in the configuration below (`TASKS`, `MODULES`).\n"
   if tasks and tasks[1].strip() != "{}":

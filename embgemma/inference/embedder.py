@@ -169,9 +169,8 @@ class CheckpointEmbedder:
   ):
     model = conversion.open_embedder(checkpoint)
     self.notes = model.notes
-    self.name = (
-      pathlib.Path(checkpoint).name if model.step is None else f"step {model.step}"
-    )
+    directory = pathlib.Path(checkpoint).resolve()
+    self.name = directory.name if model.step is None else f"step {model.step}"
     self.description = model.description
     self._config = model.description.embedder
     self._encoder = TextEncoder(

@@ -84,7 +84,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     CheckpointError: the file is missing or damaged.
   """
   try:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text("utf-8"))
   except OSError as error:
     raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
   except ValueError as error:

@@ -50,6 +50,11 @@ class SafetensorsDirectory:
         "in float32 or bfloat16."
       )
 
+  @property
+  def dtype(self) -> str:
+    """What to compute in: bfloat16 where all is, as transformers loads it."""
+    return "bfloat16" if set(self.dtypes.values()) == {"BF16"} else "float32"
+
   def _add(self, path: pathlib.Path) -> None:
     with _opened(path) as file:
       for name in file.keys():  # noqa: SIM118 (no mapping)
@@ -96,7 +101,7 @@ def _files(directory: pathlib.Path) -> list[pathlib.Path]:
   index = directory / INDEX
   if index.exists():
     try:
-      names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+      names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
       raise CheckpointError(
         f"{index}: damaged: {error!r}; download it again"

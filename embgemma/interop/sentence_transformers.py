@@ -99,8 +99,7 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
       "with --from=t5gemma2"
     )
   source = SafetensorsDirectory(directory)
-  dtype = "bfloat16" if set(source.dtypes.values()) == {"BF16"} else "float32"
-  transformer = huggingface.text_config(values, path, dtype)
+  transformer = huggingface.text_config(values, path, source.dtype)
   vocabulary, notes = read_vocabulary(directory, transformer.vocab_size, tokenizer)
   packaging = None
   if (directory / MODULES).exists():
@@ -262,7 +261,7 @@ def _read_modules(directory: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
   """Class name and directory of each module, in order."""
   path = directory / MODULES
   try:
-    entries = json.loads(path.read_text())
+    entries = json.loads(path.read_text("utf-8"))
     entries = sorted(entries, key=lambda entry: entry["idx"])
     found = [(e["type"].rpartition(".")[2], str(e["path"])) for e in entries]
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

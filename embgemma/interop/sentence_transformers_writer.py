@@ -106,7 +106,7 @@ def write(
   tensors = huggingface.stack_tensors(transformer, ("encoder",))
   _write_tensors(directory, tensors, model.params, dtype)
   if card:
-    (directory / "README.md").write_text(card)
+    (directory / "README.md").write_text(card, "utf-8")
   reason = tokenizer_files.inexact(model.vocabulary)
   return (f"tokenizer.json gives some texts other ids: {reason}",) if reason else ()
 
@@ -176,4 +176,5 @@ def _write_tensors(
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:
-  path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+  text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+  path.write_text(text, "utf-8")

@@ -52,8 +52,7 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
       "the directory of a T5Gemma 2"
     )
   source = SafetensorsDirectory(directory)
-  dtype = "bfloat16" if set(source.dtypes.values()) == {"BF16"} else "float32"
-  encoder, decoder = _configs(values, path, dtype)
+  encoder, decoder = _configs(values, path, source.dtype)
   tensors = _tensors(encoder, decoder, source)
   ignored = _ignored(source)
   layout.check_names(tensors, source, ignored)

@@ -432,8 +432,8 @@ def _check_same_model(
     return
   kept, config = checkpoints.read_description(directory).embedder, description.embedder
   # How the backward pass is computed changes no number that is kept.
-  remat = dataclasses.replace(config.transformer, remat=kept.transformer.remat)
-  config = dataclasses.replace(config, transformer=remat)
+  transformer = dataclasses.replace(config.transformer, remat=kept.transformer.remat)
+  config = dataclasses.replace(config, transformer=transformer)
   if kept != config:
     new, old = config.to_json(), kept.to_json()
     pairs = [(k, old[k], new[k]) for k in new if k != "transformer"]

@@ -60,6 +60,16 @@ def vocabulary(tmp_path_factory) -> SentencePieceVocabulary:
   return train_vocabulary(texts, 3000, path)
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory) -> pathlib.Path:
+  """A SentencePiece model of 640 pieces."""
+  path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+  words = [f"{a}{b}{c}" for a in "kstpm" for b in "aeiou" for c in "nrlxd"]
+  texts = [" ".join(words[i::7]) for i in range(7)]
+  train_vocabulary(texts, 640, path, sentinels=128)
+  return path
+
+
 @dataclasses.dataclass(frozen=True)
 class Reference:
   """A directory that sentence-transformers wrote, and the model that it holds."""

@@ -17,7 +17,6 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from embgemma import checkpoints
 from embgemma.data.prompts import PROMPTS
-from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError
 from embgemma.interop import gemma, huggingface, layout
 from embgemma.models.language_model import logits
@@ -25,15 +24,6 @@ from embgemma.models.language_model import logits
 _ROWS = 640
 _LAYERS = 8  # one group of six and two more
 _D, _N, _K, _H, _F = 24, 4, 2, 10, 36
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-  words = [f"{a}{b}{c}" for a in "kstpm" for b in "aeiou" for c in "nrlxd"]
-  texts = [" ".join(words[i::7]) for i in range(7)]
-  train_vocabulary(texts, _ROWS, path, sentinels=128)
-  return path
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from transformers import (
 
 from embgemma import checkpoints
 from embgemma.data.prompts import PROMPTS
-from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError
 from embgemma.interop import huggingface, t5gemma2
 from embgemma.models.transformer import Transformer
@@ -85,15 +84,6 @@ def _model(window: int) -> T5Gemma2ForConditionalGeneration:
 @pytest.fixture(scope="module")
 def model() -> T5Gemma2ForConditionalGeneration:
   return _model(16)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-  words = [f"{a}{b}{c}" for a in "kstpm" for b in "aeiou" for c in "nrlxd"]
-  texts = [" ".join(words[i::7]) for i in range(7)]
-  train_vocabulary(texts, _ROWS, path, sentinels=128)
-  return path
 
 
 @pytest.fixture(scope="module")
