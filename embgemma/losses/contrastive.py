@@ -1,12 +1,20 @@
 """The contrastive loss: in-batch negatives and weighted hard negatives."""
 
+import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import no_type_check
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from embgemma.losses import global_batch
+from embgemma.losses.matryoshka import truncate
 from embgemma.typing import Array, ArrayLike, Bool, Float, Metrics, UInt32
+
+# Similarities that exist at a time, at each width: 8 MiB. Larger is no faster.
+BLOCK_ELEMENTS = 2**21
 
 # Finite, so that a row with nothing to contrast has zero and not NaN gradients.
 _MASKED = -1e30
@@ -99,49 +107,87 @@ def score_rows(
   )
 
 
-def summarize(scores: RowScores) -> tuple[Float[Array, ""], Metrics]:
-  """The mean loss over rows, and the mean similarities and accuracy.
+def nce(
+  rows: Rows,
+  widths: Sequence[int],
+  temperature: float = 0.05,
+  hardness: float = 5.0,
+  axes: Sequence[str] = (),
+  block_elements: int = BLOCK_ELEMENTS,
+) -> tuple[dict[int, Float[Array, ""]], Metrics]:
+  """The shard's share of the mean loss at each width, and the batch's diagnostics.
+
+  `rows` are the shard's, at full width, of a batch split over the mesh axes `axes`;
+  see `global_batch`. M may be 0. `negative_mask` is False where a hard negative is
+  missing; its vector then has no effect. The hashes are of the texts, 64 bits as two
+  words.
+
+  Rows are scored in blocks of at most `block_elements` similarities (one row at
+  least), and again in the backward pass, so that no more exist at a time.
+
+  The diagnostics are those of `summarize` at the widest width; all is float32.
+  """
+  gathered = global_batch.gather(
+    Candidates(rows.positive, rows.query_hash, rows.positive_hash), axes
+  )
+  candidates = {
+    width: dataclasses.replace(gathered, positive=truncate(gathered.positive, width))
+    for width in widths
+  }
+
+  # Not `prevent_cse`: of a single block, the second scoring is then the first.
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def scores(block: tuple[Rows, Bool[Array, " R"]]) -> dict[int, RowScores]:
+    rows, real = block
+    of_rows = {
+      width: score_rows(_cut(rows, width), candidates[width], temperature, hardness)
+      for width in widths
+    }
+    return jax.tree.map(lambda x: jnp.sum(x, where=real), of_rows)
+
+  batch = len(rows.query) * global_batch.shards(axes)
+  sums = jax.lax.map(scores, _blocks(rows, max(block_elements // batch, 1)))
+  sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+  widest = jax.lax.stop_gradient(sums[max(widths)])
+  shares = {width: value.loss / batch for width, value in sums.items()}
+  return shares, summarize(global_batch.total(widest, axes), batch)
+
+
+def summarize(sums: RowScores, batch: int) -> Metrics:
+  """The mean similarities and accuracy of scores summed over the rows of a batch.
 
   `accuracy` is the share of rows whose positive is at least as similar to the query
   as each of its negatives, in-batch and hard, before any weight. A mean over no
   negatives is 0.
   """
-  metrics = {
-    "similarity/positive": jnp.mean(scores.positive),
-    "similarity/negative": _ratio(scores.in_batch_sum, scores.in_batch_count),
-    "similarity/hard_negative": _ratio(scores.hard_sum, scores.hard_count),
-    "accuracy": jnp.mean(scores.correct),
+  return {
+    "similarity/positive": sums.positive / batch,
+    "similarity/negative": sums.in_batch_sum / jnp.maximum(sums.in_batch_count, 1.0),
+    "similarity/hard_negative": sums.hard_sum / jnp.maximum(sums.hard_count, 1.0),
+    "accuracy": sums.correct / batch,
   }
-  return jnp.mean(scores.loss), metrics
 
 
-def nce(
-  query: Float[ArrayLike, "B K"],
-  positive: Float[ArrayLike, "B K"],
-  negative: Float[ArrayLike, "B M K"],
-  negative_mask: Bool[ArrayLike, "B M"],
-  query_hash: UInt32[ArrayLike, "B 2"],
-  positive_hash: UInt32[ArrayLike, "B 2"],
-  temperature: float = 0.05,
-  hardness: float = 5.0,
-) -> tuple[Float[Array, ""], Metrics]:
-  """The mean contrastive loss of a batch at one width, and its diagnostics.
+def _blocks(rows: Rows, size: int) -> tuple[Rows, Bool[Array, "blocks R"]]:
+  """Equal blocks of at most `size` rows, and which of their rows are no padding."""
+  total = len(rows.query)
+  blocks = -(-total // size)
+  padding = -total % blocks
 
-  Embeddings have unit norm; M may be 0. `negative_mask` is False where a hard
-  negative is missing; its vector then has no effect. The hashes are of the texts,
-  64 bits as two words. The loss is `score_rows` over all rows and the diagnostics
-  are those of `summarize`, all float32.
-  """
-  rows = Rows(
-    query=query,
-    positive=positive,
-    negative=negative,
-    negative_mask=negative_mask,
-    query_hash=query_hash,
-    positive_hash=positive_hash,
+  def split(x: ArrayLike) -> Array:
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(blocks, len(x) // blocks, *x.shape[1:])
+
+  return jax.tree.map(split, (rows, jnp.ones(total, bool)))
+
+
+def _cut(rows: Rows, width: int) -> Rows:
+  return dataclasses.replace(
+    rows,
+    query=truncate(rows.query, width),
+    positive=truncate(rows.positive, width),
+    negative=truncate(rows.negative, width),
   )
-  candidates = Candidates(positive, query_hash, positive_hash)
-  return summarize(score_rows(rows, candidates, temperature, hardness))
 
 
 def _is_negative(rows: Rows, candidates: Candidates) -> Bool[Array, "R B"]:
@@ -176,7 +222,3 @@ def _logsumexp(
 
 def _max(values: Float[Array, "R C"], mask: Bool[Array, "R C"]) -> Float[Array, " R"]:
   return jnp.max(values, axis=-1, where=mask, initial=_MASKED)
-
-
-def _ratio(total: Float[Array, "*n"], count: Float[Array, "*n"]) -> Float[Array, ""]:
-  return jnp.sum(total) / jnp.maximum(jnp.sum(count), 1.0)

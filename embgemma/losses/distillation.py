@@ -1,10 +1,13 @@
 """Embedding matching: the student's vectors should be where the teacher's are."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from embgemma.errors import ConfigError
+from embgemma.losses import global_batch
 from embgemma.losses.matryoshka import normalize, truncate
 from embgemma.typing import Array, ArrayLike, Bool, Float
 
@@ -63,18 +66,20 @@ def embedding_matching(
   metric: str = "l2",
   alignment: str = "prefix",
   kernel: Float[ArrayLike, "K W"] | None = None,
+  axes: Sequence[str] = (),
 ) -> Float[Array, ""]:
-  """The mean distance of student to teacher for one role, float32.
+  """The shard's share of the mean distance of student to teacher, float32.
 
-  The mean is over vectors whose `mask` is True (all without one), and 0 over none.
+  The mean is over the vectors of one role, in a batch split over the mesh axes `axes`
+  (see `global_batch`), whose `mask` is True (all without one), and 0 over none.
   EmbeddingGemma (arXiv:2509.20354) section 2.2 adds up the roles query, positive
   and hard negative with equal weights; it gives neither metric nor alignment.
   """
   distances = distance(*align(student, teacher, alignment, kernel), metric)
   if mask is None:
-    return jnp.mean(distances)
-  total = jnp.sum(distances, where=mask)
-  return total / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+    return jnp.sum(distances) / (distances.size * global_batch.shards(axes))
+  count = global_batch.total(jnp.sum(mask, dtype=jnp.float32), axes)
+  return jnp.sum(distances, where=mask) / jnp.maximum(count, 1.0)
 
 
 def check_alignment(term: str, alignment: str, width: int, teacher_width: int) -> None:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from embgemma.errors import ConfigError
-from embgemma.losses.contrastive import nce
+from embgemma.losses import global_batch
+from embgemma.losses.contrastive import Rows, nce
 from embgemma.losses.distillation import (
   ALIGNMENTS,
   METRICS,
@@ -32,6 +33,7 @@ _WIDTHS = (768, 512, 256, 128)
 class PairBatch:
   """The embeddings of a batch of one task, and what the losses need beside them.
 
+  Inside `jax.shard_map`, those of one shard's examples, as many in each shard.
   Embeddings have unit norm at full width. M may be 0; where `negative_mask` is
   False the negative is missing and its vector may be anything finite. The hashes
   are 64 bits of the text as two words. Teacher vectors are there for distillation
@@ -50,7 +52,12 @@ class PairBatch:
 
 
 class TermValue(NamedTuple):
-  """A term's unweighted loss at each of its widths, and what else it can tell."""
+  """What a term says of a batch.
+
+  Attributes:
+    losses: The shard's share of the unweighted loss at each width.
+    diagnostics: Of the whole batch, equal on every shard and without gradient.
+  """
 
   losses: dict[int, Array]
   diagnostics: Metrics
@@ -73,8 +80,10 @@ class Term(Protocol):
   def init(self, key: Array, embedding_width: int) -> Params:
     """What the term learns beside the model; empty if nothing."""
 
-  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
-    """The unweighted losses on a batch."""
+  def __call__(
+    self, batch: PairBatch, params: Params, axes: Sequence[str] = ()
+  ) -> TermValue:
+    """The unweighted losses on a batch split over mesh axes; see `global_batch`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +121,19 @@ class Nce:
     """Nothing to learn."""
     return {}
 
-  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+  def __call__(
+    self, batch: PairBatch, params: Params, axes: Sequence[str] = ()
+  ) -> TermValue:
     """The mean loss at each width, float32."""
-    values = {width: self._at(batch, width) for width in self.widths}
-    losses = {width: loss for width, (loss, _) in values.items()}
-    return TermValue(losses, diagnostics=values[max(values)][1])
-
-  def _at(self, batch: PairBatch, width: int) -> tuple[Float[Array, ""], Metrics]:
-    return nce(
-      truncate(batch.query, width),
-      truncate(batch.positive, width),
-      truncate(batch.negative, width),
-      batch.negative_mask,
-      batch.query_hash,
-      batch.positive_hash,
-      temperature=self.temperature,
-      hardness=self.hardness,
+    rows = Rows(
+      query=batch.query,
+      positive=batch.positive,
+      negative=batch.negative,
+      negative_mask=batch.negative_mask,
+      query_hash=batch.query_hash,
+      positive_hash=batch.positive_hash,
     )
+    return TermValue(*nce(rows, self.widths, self.temperature, self.hardness, axes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +157,14 @@ class SpreadOut:
     """Nothing to learn."""
     return {}
 
-  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+  def __call__(
+    self, batch: PairBatch, params: Params, axes: Sequence[str] = ()
+  ) -> TermValue:
     """The loss over queries plus that over positives at each width, float32."""
     losses = {
-      width: spread_out(truncate(batch.query, width), truncate(batch.positive, width))
+      width: spread_out(
+        truncate(batch.query, width), truncate(batch.positive, width), axes
+      )
       for width in self.widths
     }
     return TermValue(losses, diagnostics={})
@@ -222,7 +231,9 @@ class EmbeddingMatching:
       for key, width in zip(keys, widths, strict=True)
     }
 
-  def __call__(self, batch: PairBatch, params: Params) -> TermValue:
+  def __call__(
+    self, batch: PairBatch, params: Params, axes: Sequence[str] = ()
+  ) -> TermValue:
     """The sum over roles of the mean distance at each width, float32.
 
     Raises:
@@ -234,7 +245,7 @@ class EmbeddingMatching:
       kernel = self._kernel(params, width)
       losses[width] = sum(
         (
-          self._match(truncate(student, width), teacher, mask, kernel)
+          self._match(truncate(student, width), teacher, mask, kernel, axes)
           for student, teacher, mask in roles
         ),
         start=jnp.zeros(()),
@@ -250,6 +261,7 @@ class EmbeddingMatching:
     teacher: Float[ArrayLike, "*n W"],
     mask: Bool[ArrayLike, "*n"] | None,
     kernel: Float[ArrayLike, "K W"] | None,
+    axes: Sequence[str],
   ) -> Float[Array, ""]:
     width, teacher_width = student.shape[-1], teacher.shape[-1]
     if self.teacher_width not in (None, teacher_width):
@@ -260,7 +272,7 @@ class EmbeddingMatching:
       )
     check_alignment(self.name, self.alignment, width, teacher_width)
     return embedding_matching(
-      student, teacher, mask, self.metric, self.alignment, kernel
+      student, teacher, mask, self.metric, self.alignment, kernel, axes
     )
 
   def _roles(
@@ -354,11 +366,16 @@ class Objective:
     return {name: values for name, values in params.items() if values}
 
   def __call__(
-    self, batch: PairBatch, params: Params
+    self, batch: PairBatch, params: Params, axes: Sequence[str] = ()
   ) -> tuple[Float[Array, ""], Metrics]:
     """The loss and its metrics, float32 scalars.
 
-    `params` are those of `init`, boxed or not. The metrics are `loss`, each term's
+    `params` are those of `init`, boxed or not. Inside `jax.shard_map` over mesh axes
+    that split the batch, `axes` names them and the loss is the shard's share of it;
+    see `global_batch`. The gradient of a share by `params` is the shard's part of
+    their gradient.
+
+    The metrics are those of the whole batch, without gradient: `loss`, each term's
     unweighted `NAME/WIDTH`, and the diagnostics of the term with the widest width
     that has any: `similarity/positive`, `similarity/negative`,
     `similarity/hard_negative` and `accuracy`.
@@ -369,16 +386,18 @@ class Objective:
     """
     self.check(batch.query.shape[-1])
     loss = jnp.zeros((), jnp.float32)
-    metrics: Metrics = {}
+    shares: Metrics = {}
+    diagnostics: Metrics = {}
     widest = 0
     for term in self.terms:
-      value = term(batch, params.get(term.name, {}))
+      value = term(batch, params.get(term.name, {}), axes)
       loss += term.weight * sum(value.losses.values())
-      metrics |= {f"{term.name}/{width}": x for width, x in value.losses.items()}
+      shares |= {f"{term.name}/{width}": x for width, x in value.losses.items()}
       if value.diagnostics and max(value.losses) > widest:
-        metrics |= value.diagnostics
+        diagnostics = value.diagnostics
         widest = max(value.losses)
-    return loss, {"loss": loss, **metrics}
+    shares = jax.lax.stop_gradient({"loss": loss, **shares})
+    return loss, global_batch.total(shares, axes) | diagnostics
 
 
 def _freeze_widths(term: Any) -> None:

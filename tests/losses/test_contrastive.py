@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from embgemma.losses import contrastive
 from embgemma.losses.matryoshka import truncate
@@ -71,9 +71,9 @@ def loss_at(batch: dict, width: int = 768, temperature=0.05, hardness=5.0):
   """(loss, diagnostics) and the gradients of the full-width embeddings."""
 
   def at(*arrays):
-    cut = [truncate(x, width) for x in arrays]
-    rest = [batch[x] for x in ("negative_mask", "query_hash", "positive_hash")]
-    return contrastive.nce(*cut, *rest, temperature=temperature, hardness=hardness)
+    rows = contrastive.Rows(**batch | dict(zip(EMBEDDINGS, arrays, strict=True)))
+    losses, metrics = contrastive.nce(rows, (width,), temperature, hardness)
+    return losses[width], metrics
 
   arrays = [batch[name] for name in EMBEDDINGS]
   return jax.value_and_grad(at, argnums=(0, 1, 2), has_aux=True)(*arrays)
@@ -251,45 +251,87 @@ def candidates_of(batch: dict) -> contrastive.Candidates:
   return contrastive.Candidates(**{name: batch[name] for name in names})
 
 
-def test_blocks_of_rows_add_up_to_the_batch(make_pairs):
-  batch = make_pairs(seed=7, batch=12, negatives=2)
-  duplicate_queries(batch)
-  blocks = rows_of(batch, np.arange(12).reshape(4, 3))
-  candidates = candidates_of(batch)
-  scores = jax.lax.map(lambda rows: contrastive.score_rows(rows, candidates), blocks)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5),
-    contrastive.summarize(scores),
-    contrastive.nce(**batch),
+def score(rows, params, axes, **options):
+  """The sum over widths, so that one gradient is that of them all."""
+  shares, metrics = contrastive.nce(
+    contrastive.Rows(**rows), (32, 8), axes=axes, **options
   )
+  return sum(shares.values()), metrics
 
 
-def test_eight_devices_agree_with_one(make_pairs):
-  devices = jax.devices()
-  assert len(devices) >= 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
-  batch = make_pairs(seed=8, batch=32, negatives=2)
+# Five rows a shard of forty are blocks of two, two and one.
+in_blocks_of_two = functools.partial(score, block_elements=2 * 40)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 5, 12])
+def test_blocks_of_rows_are_the_whole(make_pairs, on_one, assert_close, rows_at_a_time):
+  batch = make_pairs(seed=7, batch=13, negatives=2, width=32)
   duplicate_queries(batch)
-  duplicate_positives(batch)
   some_negatives_missing(batch)
+  blocks = functools.partial(score, block_elements=13 * rows_at_a_time + 1)
+  assert_close(on_one(blocks, batch), on_one(score, batch))
 
-  def value(batch, query):
-    return contrastive.nce(**{**batch, "query": query})
 
-  step = jax.jit(jax.value_and_grad(value, argnums=1, has_aux=True))
-  one = step(*jax.device_put((batch, batch["query"]), devices[0]))
-  mesh = Mesh(np.array(devices[:8]), ("data",))
-  sharding = NamedSharding(mesh, PartitionSpec("data"))
-  eight = step(*jax.device_put((batch, batch["query"]), sharding))
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), eight, one
-  )
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_eight_shards_in_blocks_are_one_batch(
+  make_pairs, on_one, on_eight, assert_close, change, negatives
+):
+  # Those that `CHANGES` makes equal are on the first two shards.
+  batch = make_pairs(seed=8, batch=40, negatives=negatives, width=32)
+  CHANGES[change](batch)
+  loss, metrics, gradients = on_eight(in_blocks_of_two, batch)
+  assert_close((loss, metrics, gradients), on_one(score, batch))
+
+  arrays = [
+    torch.tensor(batch[name], dtype=torch.float64, requires_grad=True)
+    for name in EMBEDDINGS
+  ]
+  expected = sum(torch_nce(arrays, batch, width, 0.05, 5.0) for width in (32, 8))
+  expected.backward()
+  assert_near(loss, expected.item())
+  for name, array in zip(EMBEDDINGS, arrays, strict=True):
+    assert_near(gradients[0][name], array.grad.numpy())
+  normalized = batch | {
+    name: np.asarray(truncate(batch[name], 32)) for name in EMBEDDINGS
+  }
+  _, diagnostics = paper(normalized, temperature=0.05, hardness=5.0)
+  for name, value in diagnostics.items():
+    assert_near(metrics[name], value)
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_the_largest_batch_holds_no_matrix_of_it(mesh, shards):
+  size, width, f32 = 32_768, 64, jnp.float32
+  rows = {
+    "query": jax.ShapeDtypeStruct((size, width), f32),
+    "positive": jax.ShapeDtypeStruct((size, width), f32),
+    "negative": jax.ShapeDtypeStruct((size, 1, width), f32),
+    "negative_mask": jax.ShapeDtypeStruct((size, 1), bool),
+    "query_hash": jax.ShapeDtypeStruct((size, 2), jnp.uint32),
+    "positive_hash": jax.ShapeDtypeStruct((size, 2), jnp.uint32),
+  }
+  axes = mesh.axis_names if shards > 1 else ()
+  gradient = jax.grad(lambda *x: score(*x, (), axes)[0], allow_int=True)
+
+  def step(rows):
+    return {name: gradient(rows)[name] for name in EMBEDDINGS}
+
+  if axes:
+    spec = PartitionSpec(axes)
+    step = jax.shard_map(
+      step, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+  memory = jax.jit(step).lower(rows).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < size * size / 8
 
 
 def test_low_precision_inputs_are_computed_in_float32(make_pairs):
   batch = make_pairs(seed=9, batch=6, negatives=1)
   low = {**batch, **{x: jnp.asarray(batch[x], jnp.bfloat16) for x in EMBEDDINGS}}
-  loss, diagnostics = contrastive.nce(**low)
-  rounded = {x: np.asarray(low[x], np.float32) for x in EMBEDDINGS}
+  losses, diagnostics = contrastive.nce(contrastive.Rows(**low), (768,))
+  loss = losses[768]
+  rounded = {x: np.asarray(truncate(low[x], 768)) for x in EMBEDDINGS}
   assert loss.dtype == jnp.float32
   assert all(x.dtype == jnp.float32 for x in diagnostics.values())
   assert_near(loss, paper({**batch, **rounded}, temperature=0.05, hardness=5.0)[0])

@@ -101,6 +101,26 @@ def test_no_vectors_left_costs_nothing():
   np.testing.assert_array_equal(gradient, np.zeros_like(student))
 
 
+@pytest.mark.parametrize("kept", [0.6, 0.0])
+def test_eight_shards_are_one_batch(on_one, on_eight, assert_close, kept):
+  student, teacher, kernel = arrays("projection", shape=(16, 3))
+  mask = np.random.default_rng(1).uniform(size=(16, 3)) < kept
+  mask[2:4] = False  # a shard with nothing to match
+
+  def loss(rows, kernel, axes):
+    student, teacher, mask = rows
+    matched = [
+      distillation.embedding_matching(
+        student, teacher, mask, alignment="projection", kernel=kernel, axes=axes
+      )
+      for mask in (mask, None)
+    ]
+    return matched[0] + 3 * matched[1], {}
+
+  rows = (student, teacher, mask)
+  assert_close(on_eight(loss, rows, kernel), on_one(loss, rows, kernel))
+
+
 def test_stored_half_precision_is_computed_in_float32():
   student, teacher, _ = arrays("prefix")
   teacher = teacher.astype(np.float16)
