@@ -1,7 +1,7 @@
 """Array annotations used across the package.
 
 Dimension letters: B examples in a batch, M negatives a query, N texts, R rows,
-L row length, D model width, E embedding width, H heads, K kv heads,
+L row length, D model width, E embedding width, H heads, K kv heads or microbatches,
 V vocabulary, W teacher width, S data shards.
 
 Shapes and dtypes in signatures are checked at run time in tests only
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
 PyTree = Any
+Leaf = Any  # an array, or what JAX's trees hold in its place: a shape, a sharding
 Params = Mapping[str, Any]
 Metrics = dict[str, Array]
 
@@ -28,31 +29,30 @@ Metrics = dict[str, Array]
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["tokens", "positions", "text_ids", "starts", "lengths"],
-  meta_fields=["num_shards"],
+  meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedTexts:
-  """Texts laid into rows; what the embedding function takes.
+  """Texts laid into rows; what the embedding function takes: one shard's.
 
-  The rows of data shard s are the s-th of `num_shards` equal blocks of rows, its
-  texts the s-th block of text slots, so that pooling never leaves a shard.
+  Over a mesh the arrays of the shards lie end to end, [S * R, L] and [S * N]; K
+  microbatches of one shape are stacked, [K, R, L] and [K, N]. Slots and places count
+  within one microbatch of one shard all the same.
 
   Attributes:
-    tokens: Token ids, 0 in padding.
-    positions: Position of each token in its text, from 0; 0 in padding.
-    text_ids: Slot of each token's text within its shard; N / S in padding.
-    starts: First token of each text, as an index into its shard's rows laid end to
-      end; 0 in an empty slot.
-    lengths: Tokens of each text; 0 in an empty slot.
-    num_shards: S.
+    tokens: int32 [R, L], token ids, 0 in padding.
+    positions: int32 [R, L], place of each token in its text, from 0; 0 in padding.
+    text_ids: int32 [R, L], slot of each token's text; N in padding.
+    starts: int32 [N], first token of each text, as an index into the rows laid end
+      to end; 0 in an empty slot.
+    lengths: int32 [N], tokens of each text; 0 in an empty slot.
   """
 
-  tokens: Int[ArrayLike, "R L"]
-  positions: Int[ArrayLike, "R L"]
-  text_ids: Int[ArrayLike, "R L"]
-  starts: Int[ArrayLike, " N"]
-  lengths: Int[ArrayLike, " N"]
-  num_shards: int
+  tokens: Leaf
+  positions: Leaf
+  text_ids: Leaf
+  starts: Leaf
+  lengths: Leaf
 
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
   "DTypeLike",
   "Float",
   "Int",
+  "Leaf",
   "Metrics",
   "PackedTexts",
   "Params",

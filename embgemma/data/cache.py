@@ -1,30 +1,27 @@
 """The cache: each task tokenised once into ArrayRecord.
 
-A task's directory holds `examples-SSSSS-of-NNNNN.array_record` and `index.json`,
-and appears under its name only when complete. A record holds one example:
-
-    uint32 number of texts T (query, positive, negatives)
-    uint64[T] content hashes    uint32[T] lengths    int32[...] token ids, in order
-
-all little-endian. `manifest` and reading need no TensorFlow; `build` does.
+A task's directory holds `examples-SSSSS.array_record`, `lengths.npy` and `index.json`,
+and appears under its name only when complete. `lengths.npy` holds the lengths of
+every example's texts, 0 where there is none: batches are planned from it without
+reading texts. `manifest` and reading need no TensorFlow; `build` does.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
 from embgemma.data import prompts
+from embgemma.data.records import Example, content_hash, encode_example
 from embgemma.data.tasks import CACHE_FORMAT, FEATURES, DataConfig, digest
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import DataError
@@ -42,64 +39,13 @@ _TOKENIZE_BATCH = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
-  """Tokenised texts of one example: query, positive, then negatives.
-
-  Attributes:
-    tokens: int32 token ids of each text.
-    hashes: uint64 [T], content hashes of the texts without prompts.
-  """
-
-  tokens: tuple[np.ndarray, ...]
-  hashes: np.ndarray
-
-
-def content_hash(text: str) -> int:
-  """64-bit content hash of a text."""
-  return int.from_bytes(
-    hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little"
-  )
-
-
-def encode_example(example: Example) -> bytes:
-  """The bytes of one record."""
-  lengths = np.array([len(t) for t in example.tokens], "<u4")
-  return b"".join(
-    [
-      np.uint32(len(lengths)).astype("<u4").tobytes(),
-      example.hashes.astype("<u8").tobytes(),
-      lengths.tobytes(),
-      *(t.astype("<i4").tobytes() for t in example.tokens),
-    ]
-  )
-
-
-def decode_example(record: bytes) -> Example:
-  """The example of one record.
-
-  Raises:
-    DataError: the record's size does not fit its header.
-  """
-  count = int.from_bytes(record[:4], "little")
-  start = 4 + 12 * count
-  if count < 2 or len(record) < start:
-    raise DataError(f"cache record of {len(record)} bytes is damaged")
-  hashes = np.frombuffer(record, "<u8", count, 4)
-  lengths = np.frombuffer(record, "<u4", count, 4 + 8 * count)
-  if len(record) != start + 4 * int(lengths.sum()):
-    raise DataError(f"cache record of {len(record)} bytes is damaged")
-  tokens = np.frombuffer(record, "<i4", offset=start)
-  return Example(tuple(np.split(tokens, np.cumsum(lengths)[:-1])), hashes)
-
-
-@dataclasses.dataclass(frozen=True)
 class CachedTask:
   """A complete cache of one task.
 
   Attributes:
     name: The task's.
     rate: Its weight in the mixture.
-    directory: Where its shards lie.
+    directory: Where its files lie.
     statistics: What `index.json` says: examples, tokens, max_token_id,
       max_text_tokens, max_negatives, truncated, skipped.
   """
@@ -112,6 +58,22 @@ class CachedTask:
   @property
   def paths(self) -> list[str]:
     return sorted(str(p) for p in self.directory.glob("*.array_record"))
+
+  def lengths(self) -> np.ndarray:
+    """Tokens of each example's texts [examples, 2 + max_negatives], memory-mapped.
+
+    Raises:
+      DataError: they are missing, or not those of the examples.
+    """
+    path = self.directory / "lengths.npy"
+    expected = (self.statistics["examples"], 2 + self.statistics["max_negatives"])
+    try:
+      lengths = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+      raise DataError(f"{path.name} cannot be read ({error})") from error
+    if lengths.shape != expected:
+      raise DataError(f"{path.name} is {lengths.shape}, its examples are {expected}")
+    return lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +94,13 @@ def _read_index(directory: pathlib.Path) -> dict[str, Any] | None:
     return None
   try:
     index = json.loads((directory / "index.json").read_text())
-    shards, _ = index["shards"], index["statistics"]
-    sizes = {name: (directory / name).stat().st_size for name in shards}
+    files, _ = index["files"], index["statistics"]
+    sizes = {name: (directory / name).stat().st_size for name in files}
   except (ValueError, KeyError, TypeError, OSError) as error:
     raise DataError(
       f"{directory}: damaged cache ({error}); delete the directory to rebuild it"
     ) from error
-  for name, size in shards.items():
+  for name, size in files.items():
     if sizes[name] != size:
       raise DataError(
         f"{directory / name}: {sizes[name]} bytes where the index says {size}; "
@@ -240,28 +202,54 @@ def _tokenized(
       yield Example((queries[i], positives[i], *negatives), np.array(hashes, np.uint64))
 
 
-def _write_task(
-  directory: pathlib.Path, examples: Iterable[Example], config: DataConfig
+def write_examples(
+  directory: pathlib.Path, examples: Iterable[Example], limits: Sequence[int]
 ) -> dict[str, Any]:
-  """Writes shards; returns the statistics."""
-  limits = [config.lengths[feature] for feature in FEATURES]
+  """Writes a task's shards and lengths; returns the statistics.
+
+  Args:
+    directory: Of the task.
+    examples: In order.
+    limits: Tokens at which queries, positives and negatives are cut.
+  """
   statistics = dict.fromkeys(_STATISTICS, 0)
   examples = iter(examples)
-  shard = 0
+  lengths: list[np.ndarray] = []
   while (first := next(examples, None)) is not None:
     part = itertools.islice(examples, _SHARD_EXAMPLES - 1)
-    path = str(directory / f"examples-{shard:05d}.array_record")
+    path = str(directory / f"examples-{len(lengths):05d}.array_record")
+    own = []
     # group_size 1: every example can be read alone.
     writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
     with contextlib.closing(writer):
       for example in itertools.chain([first], part):
         writer.write(encode_example(example))
+        own.append([len(tokens) for tokens in example.tokens])
         _count(statistics, example, limits)
-    shard += 1
+    lengths.append(_table(own))
+  _write_lengths(directory / "lengths.npy", lengths, statistics)
   return statistics
 
 
-def _count(statistics: dict[str, int], example: Example, limits: list[int]) -> None:
+def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
+  """Rows of unequal length as an array, filled up with zeros."""
+  return np.array(list(itertools.zip_longest(*rows, fillvalue=0)), np.uint32).T
+
+
+def _write_lengths(
+  path: pathlib.Path, tables: Sequence[np.ndarray], statistics: dict[str, int]
+) -> None:
+  shape = (statistics["examples"], 2 + statistics["max_negatives"])
+  small = statistics["max_text_tokens"] < 2**16
+  out = np.zeros(shape, np.uint16 if small else np.uint32)
+  start = 0
+  for table in tables:
+    out[start : start + len(table), : table.shape[1]] = table
+    start += len(table)
+  np.save(path, out)
+
+
+def _count(statistics: dict[str, int], example: Example, limits: Sequence[int]) -> None:
   lengths = [len(tokens) for tokens in example.tokens]
   statistics["examples"] += 1
   statistics["tokens"] += sum(lengths)
@@ -316,16 +304,17 @@ def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
       with _finished_directory(directory) as work:
         examples = seqio_registry.examples(task, "train")
         tokenized = _tokenized(examples, kinds.get(task.name), vocabulary, config)
-        statistics = _write_task(work, tokenized, config)
+        limits = [config.lengths[feature] for feature in FEATURES]
+        statistics = write_examples(work, tokenized, limits)
         if not statistics["examples"]:
           raise DataError(f"task {task.name!r} has no examples")
         skips = seqio_registry.skipped(task)
         statistics["skipped"] = skips.count
-        shards = {p.name: p.stat().st_size for p in work.glob("*.array_record")}
+        files = {p.name: p.stat().st_size for p in work.iterdir()}
         index = {
           "format": CACHE_FORMAT,
           "task": task.name,
-          "shards": shards,
+          "files": files,
           "statistics": statistics,
           "skipped": skips.listed,
         }

@@ -1,17 +1,19 @@
-"""Packing: texts of any length laid into rows of one length, several a row."""
+"""Packing: texts of any length laid into rows of few lengths, several a row."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import no_type_check
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from embgemma.errors import DataError
-from embgemma.typing import ArrayLike, Bool, PackedTexts, UInt32
+from embgemma.typing import Array, ArrayLike, Float, Int, Leaf, PackedTexts
 
 # Short texts do not pay the attention of long rows; few lengths, few compilations.
-ROW_LENGTHS = (64, 128, 256, 512, 1024, 2048)
+ROW_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 2048)
 
 
 def row_length(longest: int, row_lengths: Sequence[int] = ROW_LENGTHS) -> int:
@@ -28,169 +30,328 @@ def row_length(longest: int, row_lengths: Sequence[int] = ROW_LENGTHS) -> int:
   )
 
 
-def round_up_rows(rows: int) -> int:
-  """The next row count of the ladder: multiples of an eighth of the octave.
-
-  At most 12.5 % padding rows, 8 shapes between powers of two.
-  """
-  quantum = max(1, 1 << max(0, rows.bit_length() - 4))
-  return -(-rows // quantum) * quantum
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """Where each text lies.
 
   Attributes:
-    row: Of each text; 0 for an empty one.
-    offset: Of each text in its row.
+    row: int [N]; -1 for a text that has no place.
+    offset: int [N], first token in the row.
     rows: Rows used.
   """
 
-  row: list[int]
-  offset: list[int]
+  row: np.ndarray
+  offset: np.ndarray
   rows: int
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> Layout:
+class _Rows:
+  """Rows by the tokens that are free in them.
+
+  Attributes:
+    opened: Rows so far.
+  """
+
+  def __init__(self, capacity: int, max_rows: int | None):
+    self.opened = 0
+    self._capacity = capacity
+    self._max_rows = max_rows
+    # Row numbers by free tokens; bit f of `available`: some have f.
+    self._by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
+    self._available = 0
+
+  def take(self, length: int, texts: int) -> tuple[int, list[int]]:
+    """The fullest rows that hold a text, as many as `texts` can fill; their free."""
+    fitting = self._available >> length
+    free = self._capacity
+    if fitting:
+      free = length + (fitting & -fitting).bit_length() - 1
+    wanted = -(-texts // (free // length))
+    if fitting:
+      rows = self._by_free[free]
+      taken = rows[-wanted:]
+      del rows[-wanted:]
+      if not rows:
+        self._available &= ~(1 << free)
+      return free, taken
+    if self._max_rows is not None:
+      wanted = min(wanted, self._max_rows - self.opened)
+    self.opened += wanted
+    return free, list(range(self.opened - wanted, self.opened))
+
+  def give(self, free: int, rows: list[int]) -> None:
+    """Puts rows back with other free tokens."""
+    if rows:
+      self._by_free[free] += rows
+      self._available |= 1 << free
+
+
+def best_fit(
+  lengths: Int[np.ndarray, " N"], capacity: int, max_rows: int | None = None
+) -> Layout:
   """The layout by best-fit decreasing.
 
   Each text, longest first, goes to the fullest row that still holds it. Ties keep
-  the input's order, so the result depends on the lengths only.
+  the input's order, so the result depends on the lengths only. Texts of one length
+  fill a row together: the row that took one is the fullest for the next.
 
   Args:
-    lengths: Tokens of each text, 0 for an empty slot.
+    lengths: Tokens of each text; 0 is none.
     capacity: Tokens a row holds, at least the longest text.
+    max_rows: Texts that fit into no more rows than these get no place; None opens
+      as many as it takes.
   """
-  row_of = [0] * len(lengths)
-  offset_of = [0] * len(lengths)
-  # open_rows[f]: rows with f free tokens; bit f of `available`: it is not empty.
-  open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
-  available = 0
-  rows = 0
-  for text in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-    length = lengths[text]
-    if length == 0:
-      break
-    fitting = available >> length
-    if fitting:
-      free = length + (fitting & -fitting).bit_length() - 1
-      row = open_rows[free].pop()
-      if not open_rows[free]:
-        available &= ~(1 << free)
-    else:
-      row, free = rows, capacity
-      rows += 1
-    row_of[text] = row
-    offset_of[text] = capacity - free
-    left = free - length
-    open_rows[left].append(row)
-    available |= 1 << left
-  return Layout(row_of, offset_of, rows)
+  order = np.argsort(-lengths, kind="stable")[: np.count_nonzero(lengths)]
+  distinct, counts = np.unique(-lengths[order], return_counts=True)
+  rows = _Rows(capacity, max_rows)
+  row_of: list[int] = []
+  offset_of: list[int] = []
+  for length, left in zip((-distinct).tolist(), counts.tolist(), strict=True):
+    while left:
+      free, taken = rows.take(length, left)
+      if not taken:
+        break
+      each = free // length
+      placed = min(left, each * len(taken))
+      row_of += [row for row in taken for _ in range(each)][:placed]
+      offsets = range(capacity - free, capacity - free + each * length, length)
+      offset_of += (list(offsets) * len(taken))[:placed]
+      full, part = divmod(placed, each)
+      rows.give(free - each * length, taken[:full])
+      rows.give(free - part * length, taken[full:])
+      left -= placed
+    row_of += [-1] * left
+    offset_of += [0] * left
+  row = np.full(len(lengths), -1)
+  offset = np.zeros(len(lengths), int)
+  row[order], offset[order] = row_of, offset_of
+  return Layout(row, offset, rows.opened)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupShape:
+  """What the rows of one length in a shard's batch are made of.
+
+  Attributes:
+    length: Tokens of a row.
+    microbatches: K.
+    rows: Of one microbatch.
+    slots: Texts that one microbatch has room for.
+  """
+
+  length: int
+  microbatches: int
+  rows: int
+  slots: int
+
+  @property
+  def tokens(self) -> int:
+    """Token slots of all microbatches."""
+    return self.length * self.microbatches * self.rows
+
+  @property
+  def vectors(self) -> int:
+    """Text slots of all microbatches."""
+    return self.microbatches * self.slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Texts in a group of one shard.
+
+  Attributes:
+    texts: int [n], indices of the texts that have a place.
+    row: int [n], counted over all microbatches.
+    offset: int [n], first token in the row.
+    slot: int [n], counted over all microbatches.
+  """
+
+  texts: np.ndarray
+  row: np.ndarray
+  offset: np.ndarray
+  slot: np.ndarray
+
+
+def crowding(layout: Layout, microbatches: int) -> int:
+  """Most texts of any microbatch when `deal` deals out a layout's rows."""
+  return int(np.bincount(_microbatch(layout, microbatches)[0]).max(initial=0))
+
+
+def _microbatch(layout: Layout, microbatches: int) -> tuple[np.ndarray, ...]:
+  """Of each placed text: its microbatch, the row there, and the text's index."""
+  texts = np.flatnonzero(layout.row >= 0)
+  row = layout.row[texts]
+  if microbatches == 1:
+    return np.zeros_like(row), row, texts
+  counts = np.bincount(row, minlength=layout.rows)
+  # Rows of most texts first, back and forth over the microbatches: like sums.
+  rank = np.empty(layout.rows, int)
+  rank[np.argsort(-counts, kind="stable")] = np.arange(layout.rows)
+  turn, place = divmod(rank, microbatches)
+  place = np.where(turn % 2, microbatches - 1 - place, place)
+  return place[row], turn[row], texts
+
+
+def deal(layout: Layout, shape: GroupShape) -> Placement:
+  """The placement of a layout whose rows are dealt out over the microbatches.
+
+  Texts beyond a microbatch's slots get no place: those that came last into a row,
+  which with `best_fit` are the shortest.
+
+  Args:
+    layout: Of at most shape.microbatches * shape.rows rows.
+    shape: Of the group.
+  """
+  microbatch, row, texts = _microbatch(layout, shape.microbatches)
+  order = np.lexsort((layout.offset[texts], microbatch))
+  starts = np.searchsorted(microbatch[order], np.arange(shape.microbatches))
+  slot = np.empty_like(order)
+  slot[order] = np.arange(len(order)) - starts[microbatch[order]]
+  kept = slot < shape.slots
+  texts, microbatch = texts[kept], microbatch[kept]
+  return Placement(
+    texts,
+    microbatch * shape.rows + row[kept],
+    layout.offset[texts],
+    microbatch * shape.slots + slot[kept],
+  )
 
 
 def place_texts(
-  texts: Sequence[Sequence[np.ndarray]],
-  layouts: Sequence[Layout],
-  length: int,
-  rows: int,
-  slots: int,
+  texts: Sequence[np.ndarray],
+  placements: Sequence[Placement],
+  shape: GroupShape,
 ) -> PackedTexts:
-  """The packed arrays of texts with given layouts.
+  """The arrays of one group: tokens [K, S * R, L], starts and lengths [K, S * N].
 
   Args:
-    texts: For each data shard, at most `slots` int32 token arrays.
-    layouts: Of each shard.
-    length: Row length.
-    rows: Rows of a shard.
-    slots: Text slots of a shard.
+    texts: int32 token arrays, those of all shards in the order of the placements'
+      `texts`, a shard's after another.
+    placements: Of each of S shards; `texts` is not looked at.
+    shape: Of the group, the same in all shards.
   """
-  num_shards = len(texts)
-  tokens = np.zeros((num_shards, rows * length), np.int32)
-  positions = np.zeros_like(tokens)
-  text_ids = np.full_like(tokens, slots)
-  starts = np.zeros((num_shards, slots), np.int32)
-  lengths = np.zeros_like(starts)
-  ramp = np.arange(length, dtype=np.int32)
-  for shard, layout in enumerate(layouts):
-    for slot, text in enumerate(texts[shard]):
-      size = len(text)
-      if not size:
-        continue
-      start = layout.row[slot] * length + layout.offset[slot]
-      tokens[shard, start : start + size] = text
-      positions[shard, start : start + size] = ramp[:size]
-      text_ids[shard, start : start + size] = slot
-      starts[shard, slot] = start
-      lengths[shard, slot] = size
-  by_row = (num_shards * rows, length)
+  k, r, n, length = shape.microbatches, shape.rows, shape.slots, shape.length
+  shards = len(placements)
+  shard = np.repeat(np.arange(shards), [len(p.row) for p in placements])
+  microbatch, row = divmod(np.concatenate([p.row for p in placements]), r)
+  slot = np.concatenate([p.slot for p in placements]) % n
+  start = row * length + np.concatenate([p.offset for p in placements])
+  block = microbatch * shards + shard
+  begin = block * r * length + start
+  sizes = np.fromiter(map(len, texts), int, len(texts))
+  order = np.argsort(begin)
+  # Gaps and texts in turn, from the first row to the last.
+  begin, total = begin[order], k * shards * r * length
+  spans, ids, origin = np.zeros((3, 2 * len(texts) + 1), np.int32)
+  spans[1::2], ids[1::2], origin[1::2] = sizes[order], slot[order], begin
+  spans[::2] = np.append(begin, total) - np.insert(begin + sizes[order], 0, 0)
+  ids[::2] = n
+  text_ids = np.repeat(ids, spans)
+  real = text_ids < n
+  positions = np.arange(total, dtype=np.int32) - np.repeat(origin, spans)
+  positions[~real] = 0
+  tokens = np.zeros(total, np.int32)
+  if len(texts):
+    tokens[real] = np.concatenate([texts[i] for i in order.tolist()])
+  starts, lengths = np.zeros((2, k * shards * n), np.int32)
+  starts[block * n + slot], lengths[block * n + slot] = start, sizes
+  by_row, by_text = (k, shards * r, length), (k, shards * n)
   return PackedTexts(
     tokens=tokens.reshape(by_row),
     positions=positions.reshape(by_row),
     text_ids=text_ids.reshape(by_row),
-    starts=starts.reshape(-1),
-    lengths=lengths.reshape(-1),
-    num_shards=num_shards,
+    starts=starts.reshape(by_text),
+    lengths=lengths.reshape(by_text),
   )
 
 
-def pack_texts(texts: Sequence[Sequence[np.ndarray]], length: int) -> PackedTexts:
-  """Texts of each data shard packed into the fewest rows of the ladder.
-
-  Args:
-    texts: For each shard, the same number of int32 token arrays; an empty array is
-      an empty slot.
-    length: Row length, at least the longest text.
-  """
-  layouts = [best_fit([len(t) for t in shard], length) for shard in texts]
-  rows = round_up_rows(max([1, *(layout.rows for layout in layouts)]))
-  return place_texts(texts, layouts, length, rows, len(texts[0]))
-
-
+# A prefix of its tree, such as one of shardings, is no batch: fields are not checked.
+@no_type_check
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["texts", "query_hash", "positive_hash", "negative_mask"],
+  data_fields=["groups", "slots", "query_hash", "positive_hash", "negative_mask"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedPairs:
-  """A batch of B examples with M negatives each.
+  """A batch of B examples with M negatives each, on S data shards of b = B / S.
 
-  Within a shard of b = B / S examples the text slots are b queries, b positives,
-  then b * M negatives, example by example.
+  A group holds the rows of one length in K microbatches: tokens [K, S * R, L],
+  starts and lengths [K, S * N]. A shard's vectors are its groups' [K * N] end to end.
 
   Attributes:
-    texts: B * (2 + M) packed texts.
-    query_hash: Content hashes, two uint32 each (JAX has no uint64 by default).
+    groups: A tuple of PackedTexts, shorter rows first.
+    slots: int32 [S * b * (2 + M)], for each shard the places of b queries, b
+      positives and b * M negatives (example by example) among its vectors; one past
+      the last for an absent negative.
+    query_hash: uint32 [B, 2], content hashes (JAX has no uint64 by default).
     positive_hash: Likewise.
-    negative_mask: False where an example has fewer than M negatives.
+    negative_mask: bool [B, M], False where an example has fewer than M negatives.
   """
 
-  texts: PackedTexts
-  query_hash: UInt32[ArrayLike, "B 2"]
-  positive_hash: UInt32[ArrayLike, "B 2"]
-  negative_mask: Bool[ArrayLike, "B M"]
+  groups: Leaf
+  slots: Leaf
+  query_hash: Leaf
+  positive_hash: Leaf
+  negative_mask: Leaf
+
+  def group_shapes(self, num_shards: int) -> tuple[GroupShape, ...]:
+    """Shapes of the groups in one of S shards."""
+    return tuple(
+      GroupShape(
+        length=group.tokens.shape[2],
+        microbatches=group.tokens.shape[0],
+        rows=group.tokens.shape[1] // num_shards,
+        slots=group.starts.shape[1] // num_shards,
+      )
+      for group in self.groups
+    )
 
 
-def split_roles(embeddings: ArrayLike, num_shards: int, batch_size: int):
-  """Query [B, E], positive [B, E] and negative [B, M, E] of a `PackedPairs` batch.
+def split_roles(
+  vectors: Float[ArrayLike, "T E"], slots: Int[ArrayLike, " n"], examples: int
+) -> tuple[Float[Array, "b E"], Float[Array, "b E"], Float[Array, "b M E"]]:
+  """Query, positive and negative vectors of one shard; zeros for what is absent.
 
   Args:
-    embeddings: [B * (2 + M), E] in slot order.
-    num_shards: S.
-    batch_size: B.
+    vectors: Of the shard's groups, end to end.
+    slots: See `PackedPairs`.
+    examples: b.
   """
-  width = embeddings.shape[-1]
-  b = batch_size // num_shards
-  by_shard = embeddings.reshape(num_shards, -1, width)
-  negatives = by_shard.shape[1] // b - 2
+  roles = jnp.take(vectors, slots, axis=0, mode="fill", fill_value=0)
+  width = vectors.shape[-1]
+  negatives = slots.shape[0] // examples - 2
   return (
-    by_shard[:, :b].reshape(batch_size, width),
-    by_shard[:, b : 2 * b].reshape(batch_size, width),
-    by_shard[:, 2 * b :].reshape(batch_size, negatives, width),
+    roles[:examples],
+    roles[examples : 2 * examples],
+    roles[2 * examples :].reshape(examples, negatives, width),
   )
 
 
-def hash_words(hashes: np.ndarray) -> UInt32[np.ndarray, "B 2"]:
-  """uint64 [B] as two uint32 words [B, 2]."""
-  return np.ascontiguousarray(hashes, "<u8").view("<u4").reshape(-1, 2)
+def abstract_pairs(
+  shapes: Sequence[GroupShape], batch_size: int, negatives: int, num_shards: int
+) -> PackedPairs:
+  """Shapes and dtypes of a global batch, as ShapeDtypeStruct.
+
+  Args:
+    shapes: Groups of one shard.
+    batch_size: B.
+    negatives: M.
+    num_shards: S.
+  """
+
+  def array(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+
+  def group(shape: GroupShape) -> PackedTexts:
+    by_row = array(shape.microbatches, num_shards * shape.rows, shape.length)
+    by_text = array(shape.microbatches, num_shards * shape.slots)
+    return PackedTexts(by_row, by_row, by_row, by_text, by_text)
+
+  return PackedPairs(
+    groups=tuple(group(shape) for shape in shapes),
+    slots=array(batch_size * (2 + negatives)),
+    query_hash=array(batch_size, 2, dtype="uint32"),
+    positive_hash=array(batch_size, 2, dtype="uint32"),
+    negative_mask=array(batch_size, negatives, dtype="bool"),
+  )

@@ -2,8 +2,8 @@
 
 Each step's batch holds examples of one task, drawn from the mixture's rates by a
 counter-based generator; a task's examples come in a new pseudo-random order every
-epoch. Grain reads ahead in threads or worker processes; neither their number nor
-that of data shards changes which examples a step sees or their order.
+epoch. Grain reads ahead in threads or worker processes. Neither their number nor
+that of data shards, processes or microbatches changes which examples a step sees.
 """
 
 import contextlib
@@ -19,13 +19,17 @@ import grain
 import numpy as np
 from absl import flags
 
-from embgemma.data import packing
-from embgemma.data.cache import CachedTask, Example, decode_example
+from embgemma.data import packing, shape_plan
+from embgemma.data.cache import CachedTask
+from embgemma.data.records import Records, decode_records
 from embgemma.data.tasks import digest
 from embgemma.errors import ConfigError, DataError
+from embgemma.typing import Int, PackedTexts
 
 _BLOCK = 4096  # steps drawn from one counter of the generator
 _MAX_STEPS = 2**40
+_PLANNED_EXAMPLES = 16_384  # whose lengths a task's shapes are planned from
+_ROUNDS = 6  # of the Feistel network
 
 
 @functools.cache
@@ -60,6 +64,41 @@ def scheduled_task(rates: tuple[float, ...], seed: int, step: int) -> tuple[int,
   return task, int(_drawn_before(rates, seed, block)[task]) + earlier
 
 
+def shuffled(
+  positions: Int[np.ndarray, " n"], size: int, key: int
+) -> Int[np.ndarray, " n"]:
+  """Where a pseudo-random permutation of range(size) takes the positions.
+
+  A Feistel network on the next power of four, walked again from what falls outside
+  (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 4):
+  any part of the permutation costs only itself.
+
+  Args:
+    positions: In range(size).
+    size: Of the range.
+    key: Of the permutation, 64 bits.
+  """
+  half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
+  mask = (np.uint64(1) << half) - np.uint64(1)
+  keys = np.random.Generator(np.random.Philox(key=key)).integers(
+    2**64, size=_ROUNDS, dtype=np.uint64
+  )
+  values = positions.astype(np.uint64)
+  outside = np.arange(len(values))
+  while len(outside):
+    walked = values[outside]
+    left, right = walked >> half, walked & mask
+    for round_key in keys:
+      # The finaliser of MurmurHash3; unsigned products wrap around.
+      mixed = right ^ round_key
+      mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+      mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+      left, right = right, left ^ ((mixed >> np.uint64(33)) & mask)
+    values[outside] = left << half | right
+    outside = outside[values[outside] >= size]
+  return values.astype(np.int64)
+
+
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
   """The batch of one step.
@@ -67,14 +106,16 @@ class StepBatch:
   Attributes:
     step: From 0.
     task: Name of the task.
-    pairs: The packed examples, numpy.
-    real_tokens: Tokens of texts in it.
+    pairs: The packed examples of this process's shards, numpy.
+    real_tokens: Tokens of texts in the whole batch.
+    slots: Tokens that the whole batch has room for.
   """
 
   step: int
   task: str
   pairs: packing.PackedPairs
   real_tokens: int
+  slots: int
 
 
 @contextlib.contextmanager
@@ -94,10 +135,18 @@ class StepSource:
     seed: Of the run.
     num_shards: Data shards of the mesh; divides batch_size.
     vocabulary_size: Rows of the model's table, against which caches are checked.
+    own_shards: Shards that this process reads and packs, in the order in which their
+      arrays lie end to end; None is all.
+    microbatch_tokens: Token slots of one shard's microbatch; None is all at once.
+    row_lengths: That tasks' batches may use.
+
+  Attributes:
+    plans: Shapes of each task's batches.
 
   Raises:
     ConfigError: batch_size is larger than a task, or not divided by num_shards.
-    DataError: a cache holds token ids outside the table, or cannot be read.
+    DataError: a cache holds token ids outside the table, or cannot be read, or a text
+      is longer than the longest row.
   """
 
   def __init__(
@@ -107,6 +156,9 @@ class StepSource:
     seed: int,
     num_shards: int,
     vocabulary_size: int,
+    own_shards: Sequence[int] | None = None,
+    microbatch_tokens: int | None = None,
+    row_lengths: Sequence[int] = packing.ROW_LENGTHS,
   ):
     if batch_size < 1 or batch_size % num_shards:
       raise ConfigError(
@@ -114,68 +166,127 @@ class StepSource:
         f"{num_shards} data shards"
       )
     for task in tasks:
-      if task.statistics["examples"] < batch_size:
-        raise ConfigError(
-          f"BATCH_SIZE {batch_size} is larger than task {task.name!r} "
-          f"({task.statistics['examples']} examples), and a batch holds one task "
-          "only; lower BATCH_SIZE or drop the task"
-        )
-      if task.statistics["max_token_id"] >= vocabulary_size:
-        raise DataError(
-          f"task {task.name!r} holds token id {task.statistics['max_token_id']}, the "
-          f"model's table has {vocabulary_size} rows; the vocabulary is not the model's"
-        )
+      _check_task(task, batch_size, vocabulary_size)
     self._tasks = list(tasks)
     self._batch_size = batch_size
     self._seed = seed
     self._num_shards = num_shards
+    self._own_shards = list(range(num_shards) if own_shards is None else own_shards)
     self._rates = tuple(float(task.rate) for task in tasks)
     self._sources = []
     for task in tasks:
       with _damage(task):
         self._sources.append(grain.sources.ArrayRecordDataSource(task.paths))
+    self._open_lengths()
+    self.plans = tuple(
+      shape_plan.plan_shapes(
+        _sample(lengths),
+        batch_size,
+        num_shards,
+        microbatch_tokens,
+        row_lengths,
+        task.statistics["max_text_tokens"],
+      )
+      for task, lengths in zip(tasks, self._lengths, strict=True)
+    )
+
+  def _open_lengths(self) -> None:
+    self._lengths = []
+    for task in self._tasks:
+      with _damage(task):
+        self._lengths.append(task.lengths())
+
+  def __getstate__(self):
+    # A worker process maps the lengths for itself; a pickle would hold them all.
+    return {k: v for k, v in self.__dict__.items() if k != "_lengths"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._open_lengths()
 
   def batch(self, step: int) -> StepBatch:
     """The batch of a step, from 0."""
     index, earlier = scheduled_task(self._rates, self._seed, step)
     task = self._tasks[index]
     indices = self._example_indices(index, earlier)
+    lengths = self._lengths[index][indices].astype(int)
+    shards = shape_plan.deal_examples(lengths, self._num_shards)
+    texts = [shape_plan.shard_texts(lengths[shard]) for shard in shards]
+    shapes, placements = self.plans[index].lay_out(texts)
+    own = np.concatenate([shards[shard] for shard in self._own_shards])
     with _damage(task):
-      records = self._sources[index].__getitems__(indices)
-      examples = [decode_example(record) for record in records]
-    pairs = self._pack(examples, task.statistics["max_negatives"])
-    return StepBatch(step, task.name, pairs, int(pairs.texts.lengths.sum()))
+      read = self._sources[index].__getitems__(indices[own].tolist())
+      records = decode_records(read, lengths.shape[1])
+      if not np.array_equal(records.lengths, lengths[own]):
+        raise DataError("lengths.npy is not of these examples")
+    pairs = _packed(records, shapes, [placements[shard] for shard in self._own_shards])
+    slots = self._num_shards * sum(shape.tokens for shape in shapes)
+    return StepBatch(step, task.name, pairs, int(lengths.sum()), slots)
 
-  def _example_indices(self, index: int, earlier: int) -> list[int]:
+  def _example_indices(self, index: int, earlier: int) -> Int[np.ndarray, " B"]:
     """Records of a task's `earlier`-th batch (from 0); an epoch ends on a batch."""
     size = self._tasks[index].statistics["examples"]
     epoch, batch = divmod(earlier, size // self._batch_size)
-    key = int(digest([self._seed, self._tasks[index].name, epoch])[:8], 16)
+    key = int(digest([self._seed, self._tasks[index].name, epoch]), 16)
     start = batch * self._batch_size
-    return [
-      int(grain.experimental.index_shuffle(i, max_index=size - 1, seed=key, rounds=4))
-      for i in range(start, start + self._batch_size)
-    ]
+    return shuffled(np.arange(start, start + self._batch_size), size, key)
 
-  def _pack(self, examples: Sequence[Example], negatives: int) -> packing.PackedPairs:
-    empty = np.zeros(0, np.int32)
-    size = self._batch_size // self._num_shards
-    shards = []
-    for start in range(0, self._batch_size, size):
-      part = examples[start : start + size]
-      texts = [e.tokens[0] for e in part] + [e.tokens[1] for e in part]
-      for example in part:
-        own = example.tokens[2 : 2 + negatives]
-        texts.extend([*own, *[empty] * (negatives - len(own))])
-      shards.append(texts)
-    longest = max(len(text) for shard in shards for text in shard)
-    counts = np.array([len(e.tokens) - 2 for e in examples])
-    return packing.PackedPairs(
-      texts=packing.pack_texts(shards, packing.row_length(longest)),
-      query_hash=packing.hash_words(np.array([e.hashes[0] for e in examples])),
-      positive_hash=packing.hash_words(np.array([e.hashes[1] for e in examples])),
-      negative_mask=np.arange(negatives)[None, :] < counts[:, None],
+
+def _check_task(task: CachedTask, batch_size: int, vocabulary_size: int) -> None:
+  if task.statistics["examples"] < batch_size:
+    raise ConfigError(
+      f"BATCH_SIZE {batch_size} is larger than task {task.name!r} "
+      f"({task.statistics['examples']} examples), and a batch holds one task "
+      "only; lower BATCH_SIZE or drop the task"
     )
+  if task.statistics["max_token_id"] >= vocabulary_size:
+    raise DataError(
+      f"task {task.name!r} holds token id {task.statistics['max_token_id']}, the "
+      f"model's table has {vocabulary_size} rows; the vocabulary is not the model's"
+    )
+
+
+def _sample(lengths: np.ndarray) -> Int[np.ndarray, "n T"]:
+  """Lengths of some examples, from all over a task."""
+  count = min(len(lengths), _PLANNED_EXAMPLES)
+  return lengths[np.sort(shuffled(np.arange(count), len(lengths), 0))].astype(int)
+
+
+def _packed(
+  records: Records,
+  shapes: Sequence[packing.GroupShape],
+  placements: Sequence[Sequence[packing.Placement]],
+) -> packing.PackedPairs:
+  """The arrays of shards.
+
+  Args:
+    records: The shards' examples, a shard's after another.
+    shapes: Of the groups.
+    placements: Of each shard, in each group.
+  """
+  by_shard = (len(placements), -1, records.starts.shape[1])
+  starts = [shape_plan.shard_texts(s) for s in records.starts.reshape(by_shard)]
+  lengths = [shape_plan.shard_texts(n) for n in records.lengths.reshape(by_shard)]
+  groups: list[PackedTexts] = []
+  slots = np.full(np.shape(starts), sum(shape.vectors for shape in shapes), np.int32)
+  base = 0
+  for shape, placed in zip(shapes, zip(*placements, strict=True), strict=True):
+    texts = []
+    for shard, placement in enumerate(placed):
+      slots[shard, placement.texts] = base + placement.slot
+      begin = starts[shard][placement.texts]
+      end = begin + lengths[shard][placement.texts]
+      spans = zip(begin.tolist(), end.tolist(), strict=True)
+      texts += [records.words[a:b] for a, b in spans]
+    groups.append(packing.place_texts(texts, placed, shape))
+    base += shape.vectors
+  return packing.PackedPairs(
+    groups=tuple(groups),
+    slots=slots.reshape(-1),
+    query_hash=records.hashes[:, 0],
+    positive_hash=records.hashes[:, 1],
+    negative_mask=records.lengths[:, 2:] > 0,
+  )
 
 
 def _begin_worker(index: int, count: int) -> None:

@@ -17,7 +17,7 @@ from embgemma.errors import ConfigError, DataError
 
 FEATURES = ("query", "positive", "negatives")
 # Part of every fingerprint: a cache of another format is another cache.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

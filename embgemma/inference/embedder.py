@@ -1,38 +1,48 @@
 """From a checkpoint and texts to vectors, at the speed of packed batches."""
 
 import collections
+import concurrent.futures
+import dataclasses
 import itertools
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from embgemma.data import packing
+from embgemma.data import packing, shape_plan
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError, DataError
 from embgemma.interop import conversion
 from embgemma.losses.matryoshka import truncate
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import Embedder
-from embgemma.typing import Float, PackedTexts, Params
+from embgemma.typing import Float, Int, PackedTexts, Params
 
 # Texts sorted by length together: enough to pack well, few enough to hold.
 WINDOW = 16_384
+_SAMPLE = 1024  # texts of a window that its row lengths are chosen from
+_IN_FLIGHT = 2  # device calls that are waited for
 
 
 class TextEncoder:
   """Embeds texts with given parameters: packed by length, answered in order.
 
+  Over a mesh of several processes, each makes the same calls with the same texts and
+  gets all vectors.
+
   Args:
     config: Of the model.
     vocabulary: Of the model.
     max_length: Tokens after which a text is cut, BOS and EOS included.
-    tokens_per_batch: Token slots of one device call.
-    sharding: How a batch's leading axis lies on a mesh; None is one device.
-    num_shards: Data shards of that mesh.
+    tokens_per_batch: Token slots of one device call, over all devices.
+    mesh: None is one device.
+    batch_axes: Of the mesh, over which texts are split.
+    row_lengths: That batches may use.
   """
 
   def __init__(
@@ -41,8 +51,9 @@ class TextEncoder:
     vocabulary: SentencePieceVocabulary,
     max_length: int,
     tokens_per_batch: int = 8192,
-    sharding: NamedSharding | None = None,
-    num_shards: int = 1,
+    mesh: Mesh | None = None,
+    batch_axes: tuple[str, ...] = (),
+    row_lengths: Sequence[int] = packing.ROW_LENGTHS,
   ):
     if max_length > config.transformer.max_length:
       raise ConfigError(
@@ -58,9 +69,22 @@ class TextEncoder:
     self.max_length = max_length
     self._vocabulary = vocabulary
     self._tokens_per_batch = tokens_per_batch
-    self._sharding = sharding
-    self._num_shards = num_shards
-    self._embed = jax.jit(Embedder(config).embed)
+    self._row_lengths = row_lengths
+    self._sharding = None
+    self._num_shards = 1
+    embed = Embedder(config).embed
+    if mesh is not None:
+      split = PartitionSpec(batch_axes)
+      self._sharding = NamedSharding(mesh, split)
+      self._num_shards = math.prod(mesh.shape[axis] for axis in batch_axes)
+      embed = jax.shard_map(
+        embed,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
+        check_vma=False,
+      )
+    self._embed = jax.jit(embed)
 
   def encode(self, params: Params, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
     """Unit vectors, float32, in the order of the texts (prompts included)."""
@@ -72,75 +96,133 @@ class TextEncoder:
   def stream(
     self, params: Params, texts: Iterable[str]
   ) -> Iterator[Float[np.ndarray, "N E"]]:
-    """`encode` for texts of any number: vectors of up to WINDOW texts at a time."""
+    """`encode` for texts of any number: vectors of up to WINDOW texts at a time.
+
+    One window more is read and tokenised meanwhile.
+    """
     texts = iter(texts)
-    while window := list(itertools.islice(texts, WINDOW)):
-      yield self._encode_window(params, window)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+      def tokenize() -> concurrent.futures.Future[list[np.ndarray]] | None:
+        window = list(itertools.islice(texts, WINDOW))
+        encode = self._vocabulary.encode_batch
+        return pool.submit(encode, window, self.max_length) if window else None
+
+      tokens = tokenize()
+      while tokens is not None:
+        following = tokenize()
+        yield self._encode_window(params, tokens.result())
+        tokens = following
 
   def _encode_window(
-    self, params: Params, texts: Sequence[str]
+    self, params: Params, tokens: Sequence[np.ndarray]
   ) -> Float[np.ndarray, "N E"]:
-    tokens = self._vocabulary.encode_batch(texts, self.max_length)
-    out = np.empty((len(texts), self.config.embedding_width), np.float32)
-    pending = []
-    for indices, packed in self._batches(tokens):
+    out = np.empty((len(tokens), self.config.embedding_width), np.float32)
+    pending: collections.deque[tuple[_Batch, jax.Array]] = collections.deque()
+    for batch in self._batches(np.array([len(text) for text in tokens])):
+      packed = self._place(batch, tokens)
       # Dispatched, not waited for: the host packs the next batch meanwhile.
-      pending.append((indices, self._embed(params, self._place(packed))))
-      if len(pending) > 1:
-        self._collect(*pending.pop(0), out)
-    for indices, vectors in pending:
-      self._collect(indices, vectors, out)
+      pending.append((batch, self._embed(params, packed)))
+      if len(pending) > _IN_FLIGHT:
+        _collect(*pending.popleft(), out)
+    for batch, vectors in pending:
+      _collect(batch, vectors, out)
     return out
 
-  def _place(self, packed: PackedTexts) -> PackedTexts:
-    return jax.device_put(packed, self._sharding)
+  def _place(self, batch: "_Batch", tokens: Sequence[np.ndarray]) -> PackedTexts:
+    texts = [tokens[i] for p in batch.placements for i in p.texts.tolist()]
+    packed = packing.place_texts(texts, batch.placements, batch.shape)
+    packed = jax.tree.map(lambda array: array[0], packed)
+    sharding = self._sharding
+    if sharding is None:
+      return jax.device_put(packed)
+    return jax.tree.map(
+      lambda a: jax.make_array_from_callback(a.shape, sharding, a.__getitem__), packed
+    )
 
-  def _collect(
-    self, indices: Sequence[Sequence[int]], vectors: jax.Array, out: np.ndarray
-  ) -> None:
-    by_shard = np.asarray(vectors).reshape(self._num_shards, -1, out.shape[1])
-    for shard, own in enumerate(indices):
-      out[list(own)] = by_shard[shard, : len(own)]
+  def _batches(self, lengths: Int[np.ndarray, " N"]) -> Iterator["_Batch"]:
+    """Batches of all texts, those of shorter rows first."""
+    sample = lengths[:: max(1, len(lengths) // _SAMPLE)]
+    longest = int(lengths.max())
+    classes = shape_plan.row_classes(sample, self._row_lengths, longest)
+    left = lengths.copy()
+    for length in classes:
+      fitting = np.where(left <= length, left, 0)
+      rows = max(1, self._tokens_per_batch // self._num_shards // length)
+      whole = rows * self._num_shards
+      count = None
+      if length != classes[-1]:
+        # Whole batches only; what is left fills the holes of longer rows.
+        count = int(0.98 * fitting.sum() / length) // whole * whole
+      layout = packing.best_fit(fitting, length, count)
+      left[layout.row >= 0] = 0
+      yield from self._layout_batches(layout, length, rows)
 
-  def _batches(
-    self, tokens: Sequence[np.ndarray]
-  ) -> Iterator[tuple[list[list[int]], PackedTexts]]:
-    """Batches of texts of like length: text indices of each shard, and the pack."""
-    classes = collections.defaultdict(list)
-    for index, text in enumerate(tokens):
-      classes[packing.row_length(len(text))].append(index)
-    for length, members in sorted(classes.items()):
-      layout = packing.best_fit([len(tokens[i]) for i in members], length)
-      of_row: list[list[int]] = [[] for _ in range(layout.rows)]
-      for member, row in enumerate(layout.row):
-        of_row[row].append(member)
-      shard_rows = max(1, self._tokens_per_batch // self._num_shards // length)
-      for first in range(0, layout.rows, shard_rows * self._num_shards):
-        yield self._batch(tokens, members, layout, of_row[first:], length, shard_rows)
+  def _layout_batches(
+    self, layout: packing.Layout, length: int, rows: int
+  ) -> Iterator["_Batch"]:
+    """Whole batches of `rows` rows a shard, and one of what is left."""
+    whole = rows * self._num_shards
+    split = layout.rows // whole * whole
+    first = dataclasses.replace(
+      layout, row=np.where(layout.row < split, layout.row, -1), rows=split
+    )
+    last = dataclasses.replace(
+      layout, row=np.maximum(layout.row - split, -1), rows=layout.rows - split
+    )
+    if first.rows:
+      yield from self._dealt(first, length, rows)
+    if last.rows:
+      few = _round_up_rows(-(-last.rows // self._num_shards))
+      yield from self._dealt(last, length, min(few, rows))
 
-  def _batch(
-    self,
-    tokens: Sequence[np.ndarray],
-    members: Sequence[int],
-    layout: packing.Layout,
-    of_row: Sequence[Sequence[int]],
-    length: int,
-    shard_rows: int,
-  ) -> tuple[list[list[int]], PackedTexts]:
-    """The next rows of a layout as one batch of a ladder's shape."""
-    used = min(len(of_row), shard_rows * self._num_shards)
-    rows = packing.round_up_rows(-(-used // self._num_shards))
-    indices, texts, layouts = [], [], []
-    for first in range(0, rows * self._num_shards, rows):
-      chosen = of_row[first : min(first + rows, used)]
-      row = [r for r, own in enumerate(chosen) for _ in own]
-      own = [member for row_members in chosen for member in row_members]
-      indices.append([members[member] for member in own])
-      texts.append([tokens[index] for index in indices[-1]])
-      layouts.append(packing.Layout(row, [layout.offset[m] for m in own], len(chosen)))
+  def _dealt(
+    self, layout: packing.Layout, length: int, rows: int
+  ) -> Iterator["_Batch"]:
+    """Batches of `rows` rows a shard."""
+    shards = self._num_shards
+    units = -(-layout.rows // (rows * shards)) * shards
     # Powers of two: few shapes, few compilations.
-    slots = 1 << max(len(own) - 1 for own in (*indices, [0])).bit_length()
-    return indices, packing.place_texts(texts, layouts, length, rows, slots)
+    slots = 1 << max(3, (packing.crowding(layout, units) - 1).bit_length())
+    shape = packing.GroupShape(length, units, rows, slots)
+    dealt = packing.deal(layout, shape)
+    unit = dealt.slot // slots
+    order = np.argsort(unit, kind="stable")
+    bounds = np.searchsorted(unit[order], np.arange(units + 1))
+    parts = [
+      packing.Placement(
+        dealt.texts[own],
+        dealt.row[own] % rows,
+        dealt.offset[own],
+        dealt.slot[own] % slots,
+      )
+      for own in (order[a:b] for a, b in itertools.pairwise(bounds))
+    ]
+    shape = dataclasses.replace(shape, microbatches=1)
+    for start in range(0, units, shards):
+      yield _Batch(shape, parts[start : start + shards])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+  """What one device call embeds: the texts of each shard."""
+
+  shape: packing.GroupShape
+  placements: Sequence[packing.Placement]
+
+
+def _collect(batch: _Batch, vectors: jax.Array, out: np.ndarray) -> None:
+  if not vectors.is_fully_addressable:
+    vectors = multihost_utils.process_allgather(vectors, tiled=True)
+  by_shard = np.asarray(vectors).reshape(len(batch.placements), -1, out.shape[1])
+  for placement, own in zip(batch.placements, by_shard, strict=True):
+    out[placement.texts] = own[placement.slot]
+
+
+def _round_up_rows(rows: int) -> int:
+  """The next multiple of an eighth of the octave: 8 shapes between powers of two."""
+  quantum = 1 << max(0, rows.bit_length() - 4)
+  return -(-rows // quantum) * quantum
 
 
 class CheckpointEmbedder:

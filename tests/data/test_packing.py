@@ -1,3 +1,6 @@
+"""Every text in one place, nothing over another, and slots that say where."""
+
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +10,7 @@ from embgemma.data import packing
 from embgemma.errors import DataError
 
 _CAPACITY = 64
-_LENGTHS = st.lists(st.integers(0, _CAPACITY), min_size=1, max_size=60)
+_LENGTHS = st.lists(st.integers(0, _CAPACITY), min_size=1, max_size=60).map(np.array)
 
 
 def _texts(lengths, start=1):
@@ -16,48 +19,50 @@ def _texts(lengths, start=1):
   return np.split(ids, np.cumsum(lengths)[:-1])
 
 
-@given(_LENGTHS)
-def test_layout_holds_every_text_once(lengths):
-  layout = packing.best_fit(lengths, _CAPACITY)
+@given(_LENGTHS, st.none() | st.integers(0, 12))
+def test_layout_holds_texts_once(lengths, max_rows):
+  layout = packing.best_fit(lengths, _CAPACITY, max_rows)
   taken = np.zeros((layout.rows, _CAPACITY), int)
   for length, row, offset in zip(lengths, layout.row, layout.offset, strict=True):
-    if length:
+    if row >= 0:
+      assert length
       assert 0 <= offset <= _CAPACITY - length
       taken[row, offset : offset + length] += 1
-  assert taken.sum() == sum(lengths)
   assert taken.max(initial=0) <= 1
   # Rows fill from the left: no gap that a text could still take.
   assert (np.diff(taken, axis=1) <= 0).all()
   assert (taken[:, 0] == 1).all()
+  left_out = lengths[(layout.row < 0) & (lengths > 0)]
+  if max_rows is None:
+    assert not len(left_out)
+  else:
+    assert layout.rows <= max_rows
+    # Left out is what no row could hold.
+    space = max(_CAPACITY - taken.sum(axis=1), default=0)
+    assert not len(left_out) or space < left_out.min()
 
 
-@given(_LENGTHS)
-def test_layout_is_best_fit_decreasing(lengths):
-  """The rule, carried out by looking at every row."""
+@given(_LENGTHS, st.none() | st.integers(0, 12))
+def test_layout_is_best_fit_decreasing(lengths, max_rows):
+  """The rule, carried out text by text and looking at every row."""
   free: list[int] = []
-  held: list[list[int]] = []
-  for length in sorted(filter(None, lengths), reverse=True):
+  for length in sorted(lengths[lengths > 0], reverse=True):
     fitting = [(space, row) for row, space in enumerate(free) if space >= length]
-    if not fitting:
-      fitting = [(_CAPACITY, len(free))]
-      free.append(_CAPACITY)
-      held.append([])
-    _, row = min(fitting)
-    free[row] -= length
-    held[row].append(length)
-  layout = packing.best_fit(lengths, _CAPACITY)
+    if fitting:
+      free[min(fitting)[1]] -= length
+    elif max_rows is None or len(free) < max_rows:
+      free.append(_CAPACITY - length)
+  layout = packing.best_fit(lengths, _CAPACITY, max_rows)
   # Which of two rows with equal room is taken is not part of the rule.
-  assert layout.rows == len(held)
+  assert layout.rows == len(free)
   space = np.full(layout.rows, _CAPACITY)
-  for row, length in zip(layout.row, lengths, strict=True):
-    if length:
-      space[row] -= length
+  np.subtract.at(space, layout.row[layout.row >= 0], lengths[layout.row >= 0])
   assert sorted(space) == sorted(free)
 
 
 @given(st.integers(1, _CAPACITY), st.integers(1, 50))
 def test_equal_texts_stay_in_order(length, count):
-  layout = packing.best_fit([length] * count, _CAPACITY)
+  layout = packing.best_fit(np.full(count, length), _CAPACITY)
   places = list(zip(layout.row, layout.offset, strict=True))
   assert places == sorted(places)
 
@@ -68,7 +73,7 @@ def test_layout_is_near_the_lower_bound(seed):
   rng = np.random.default_rng(seed)
   lengths = np.minimum(rng.lognormal(3.5, 1, 2000).astype(int) + 2, 256)
   bound = np.ceil(lengths.sum() / 256)
-  assert bound <= packing.best_fit(lengths.tolist(), 256).rows <= 1.03 * bound
+  assert bound <= packing.best_fit(lengths, 256).rows <= 1.03 * bound
 
 
 @pytest.mark.parametrize(
@@ -88,82 +93,82 @@ def test_no_row_is_long_enough():
     packing.row_length(2049)
 
 
-def test_row_ladder():
-  values = [packing.round_up_rows(rows) for rows in range(1, 5000)]
-  for rows, value in enumerate(values, 1):
-    assert rows <= value <= rows * 1.125
-  assert values == sorted(values)
-  for octave in (8, 64, 1024):
-    assert len({v for v in values if octave < v <= 2 * octave}) == 8
-
-
 @st.composite
 def _shards(draw):
-  slots = draw(st.integers(1, 12))
-  lengths = st.lists(st.integers(0, 32), min_size=slots, max_size=slots)
-  return draw(st.lists(lengths, min_size=1, max_size=4))
+  """Lengths of each shard's texts, microbatches, and slots of one microbatch."""
+  count = draw(st.integers(1, 12))
+  lengths = st.lists(st.integers(0, 32), min_size=count, max_size=count)
+  shards = draw(st.lists(lengths, min_size=1, max_size=4))
+  return shards, draw(st.integers(1, 4)), draw(st.integers(1, 12))
 
 
 @given(_shards())
-def test_packed_texts_are_the_texts(shard_lengths):
-  num_shards, slots = len(shard_lengths), len(shard_lengths[0])
+def test_packed_texts_are_the_texts(drawn):
+  shard_lengths, microbatches, slots = drawn
+  shards = len(shard_lengths)
+  layouts = [packing.best_fit(np.array(lengths), 32) for lengths in shard_lengths]
+  rows = max(1, *(-(-layout.rows // microbatches) for layout in layouts))
+  shape = packing.GroupShape(32, microbatches, rows, slots)
+  dealt = [packing.deal(layout, shape) for layout in layouts]
   texts = [_texts(lengths, 1000 * s + 1) for s, lengths in enumerate(shard_lengths)]
-  packed = packing.pack_texts(texts, 32)
-  rows, length = packed.tokens.shape
-  assert length == 32
-  assert rows % num_shards == 0
-  assert rows // num_shards == packing.round_up_rows(rows // num_shards)
-  assert packed.num_shards == num_shards
-  flat = {
-    name: getattr(packed, name).reshape(num_shards, -1)
-    for name in ("tokens", "positions", "text_ids")
-  }
-  starts = packed.starts.reshape(num_shards, slots)
-  lengths = packed.lengths.reshape(num_shards, slots)
-  for shard in range(num_shards):
-    for slot, text in enumerate(texts[shard]):
-      assert lengths[shard, slot] == len(text)
-      span = slice(starts[shard, slot], starts[shard, slot] + len(text))
-      np.testing.assert_array_equal(flat["tokens"][shard, span], text)
-      np.testing.assert_array_equal(flat["positions"][shard, span], range(len(text)))
-      mine = np.flatnonzero(flat["text_ids"][shard] == slot)
-      assert mine.tolist() == (list(range(span.start, span.stop)) if len(text) else [])
-      assert len({place // 32 for place in mine}) <= 1  # one row
-      assert len(text) or starts[shard, slot] == 0
-    padding = flat["text_ids"][shard] == slots
-    assert padding.sum() == padding.size - sum(shard_lengths[shard])
-    assert not flat["tokens"][shard, padding].any()
-    assert not flat["positions"][shard, padding].any()
+  given_texts = [texts[s][i] for s, p in enumerate(dealt) for i in p.texts]
+  packed = packing.place_texts(given_texts, dealt, shape)
+  assert packed.tokens.shape == (microbatches, shards * rows, 32)
+  assert packed.starts.shape == (microbatches, shards * slots)
+  for shard, placement in enumerate(dealt):
+    # As the shard sees it: its part of each axis.
+    view = jax.tree.map(lambda a: np.split(a, shards, axis=1)[shard], packed)  # noqa: B023
+    tokens, positions, ids = (
+      a.reshape(microbatches, -1) for a in (view.tokens, view.positions, view.text_ids)
+    )
+    found = 0
+    for text, place in zip(placement.texts, placement.slot, strict=True):
+      batch, slot = divmod(place, slots)
+      start, length = view.starts[batch, slot], view.lengths[batch, slot]
+      span = slice(start, start + length)
+      np.testing.assert_array_equal(tokens[batch, span], texts[shard][text])
+      np.testing.assert_array_equal(positions[batch, span], np.arange(length))
+      mine = np.argwhere(ids[batch] == slot).ravel()
+      np.testing.assert_array_equal(mine, np.arange(start, start + length))
+      assert start // 32 == (start + length - 1) // 32  # one row
+      found += length
+    padding = ids == slots
+    assert (~padding).sum() == found
+    assert not tokens[padding].any()
+    assert not positions[padding].any()
+    empty = np.ones(microbatches * slots, bool)
+    empty[placement.slot] = False
+    assert not view.starts.ravel()[empty].any()
+    assert not view.lengths.ravel()[empty].any()
+    # What has no place would have gone to a microbatch that is full.
+    missing = np.setdiff1d(np.flatnonzero(shard_lengths[shard]), placement.texts)
+    most = packing.crowding(layouts[shard], microbatches)
+    assert bool(len(missing)) == (most > slots)
 
 
-def test_packing_is_deterministic():
-  texts = [_texts(np.random.default_rng(0).integers(0, 30, 40))]
-  first, second = packing.pack_texts(texts, 32), packing.pack_texts(texts, 32)
-  for name in ("tokens", "positions", "text_ids", "starts", "lengths"):
-    np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+@pytest.mark.parametrize("seed", range(3))
+def test_microbatches_have_like_numbers_of_texts(seed):
+  rng = np.random.default_rng(seed)
+  lengths = np.minimum(rng.lognormal(3.5, 1, 4000).astype(int) + 2, 256)
+  layout = packing.best_fit(lengths, 256)
+  mean = len(lengths) / 16
+  assert mean <= packing.crowding(layout, 16) <= 1.1 * mean
 
 
-@pytest.mark.parametrize("num_shards", [1, 2, 4])
-@pytest.mark.parametrize("negatives", [0, 1, 3])
-def test_roles_come_back_in_the_order_of_the_examples(num_shards, negatives):
-  batch, width = 8, 5
-  rng = np.random.default_rng(0)
-  query, positive = rng.normal(size=(2, batch, width))
-  negative = rng.normal(size=(batch, negatives, width))
-  size = batch // num_shards
-  slots = []
-  for start in range(0, batch, size):
-    own = slice(start, start + size)
-    slots += [query[own], positive[own], negative[own].reshape(-1, width)]
-  found = packing.split_roles(np.concatenate(slots), num_shards, batch)
-  for ours, expected in zip(found, (query, positive, negative), strict=True):
-    assert ours.shape == expected.shape
-    np.testing.assert_array_equal(ours, expected)
-
-
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1))
-def test_hash_words_keep_every_bit(hashes):
-  words = packing.hash_words(np.array(hashes, np.uint64))
-  assert words.dtype == np.uint32
-  again = [int(low) | int(high) << 32 for low, high in words]
-  assert again == hashes
+@given(st.integers(1, 5), st.integers(0, 3), st.randoms())
+def test_split_roles(examples, negatives, random):
+  """Vectors of texts wherever they lie, zeros for those that are nowhere."""
+  count = examples * (2 + negatives)
+  vectors = np.random.default_rng(0).normal(size=(count + 3, 4)).astype(np.float32)
+  places = list(range(count + 3))
+  random.shuffle(places)
+  slots = np.array(places[:count], np.int32)
+  absent = np.array([random.random() < 0.3 for _ in slots])
+  absent[: 2 * examples] = False
+  slots[absent] = len(vectors)
+  split = packing.split_roles(vectors, slots, examples)
+  expected = np.append(vectors, np.zeros((1, 4), np.float32), axis=0)[slots]
+  np.testing.assert_array_equal(split[0], expected[:examples])
+  np.testing.assert_array_equal(split[1], expected[examples : 2 * examples])
+  assert split[2].shape == (examples, negatives, 4)
+  np.testing.assert_array_equal(np.reshape(split[2], (-1, 4)), expected[2 * examples :])

@@ -1,14 +1,12 @@
 """Batches depend on seed, step and batch size, and on nothing else."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from embgemma.data import packing
-from embgemma.data.cache import CachedTask, Example, encode_example
-from embgemma.data.reader import StepSource, read_batches, scheduled_task
+from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data.reader import StepSource, read_batches, scheduled_task, shuffled
+from embgemma.data.records import Example
 from embgemma.errors import ConfigError, DataError
 
 _VOCABULARY = 5000
@@ -24,25 +22,13 @@ def _example(rng, number: int, negatives: int) -> Example:
   return Example(tuple(texts), hashes)
 
 
-def _write(directory, name, sizes, rate=1.0, negatives=2) -> CachedTask:
-  """A cache of shards of the given sizes; examples have 0 to `negatives` negatives."""
+def _write(directory, name, size, rate=1.0, negatives=2) -> CachedTask:
+  """A cache of examples that have 0 to `negatives` negatives in turn."""
   directory = directory / name
   directory.mkdir()
   rng = np.random.default_rng(len(name))
-  number = 0
-  for shard, size in enumerate(sizes):
-    path = directory / f"examples-{shard:05d}.array_record"
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    for _ in range(size):
-      example = _example(rng, number, number % (negatives + 1))
-      writer.write(encode_example(example))
-      number += 1
-    writer.close()
-  statistics = {
-    "examples": number,
-    "max_token_id": _VOCABULARY - 1,
-    "max_negatives": negatives,
-  }
+  examples = (_example(rng, i, i % (negatives + 1)) for i in range(size))
+  statistics = write_examples(directory, examples, (99, 99, 99))
   return CachedTask(name, rate, directory, statistics)
 
 
@@ -50,24 +36,27 @@ def _write(directory, name, sizes, rate=1.0, negatives=2) -> CachedTask:
 def tasks(tmp_path_factory):
   directory = tmp_path_factory.mktemp("caches")
   return [
-    _write(directory, "plain", [70, 35], rate=3.0),
-    _write(directory, "bare", [50], rate=1.0, negatives=0),
+    _write(directory, "plain", 105, rate=3.0),
+    _write(directory, "bare", 50, rate=1.0, negatives=0),
   ]
 
 
-def _source(tasks, batch_size=8, seed=3, num_shards=1) -> StepSource:
-  return StepSource(tasks, batch_size, seed, num_shards, _VOCABULARY)
+def _source(tasks, batch_size=8, seed=3, num_shards=1, **options) -> StepSource:
+  return StepSource(tasks, batch_size, seed, num_shards, _VOCABULARY, **options)
 
 
-def _texts(batch) -> list[list[int]]:
-  """Token ids of every slot, the packing undone."""
-  texts = batch.pairs.texts
-  flat = texts.tokens.reshape(texts.num_shards, -1)
-  shards = np.repeat(np.arange(texts.num_shards), len(texts.starts) // len(flat))
-  return [
-    flat[shard, start : start + length].tolist()
-    for shard, start, length in zip(shards, texts.starts, texts.lengths, strict=True)
-  ]
+def _shard_texts(pairs, shard, num_shards) -> list[list[int]]:
+  """Token ids of every slot of a shard's vectors, and of the one past the last."""
+  texts = []
+  for group in pairs.groups:
+    for batch in range(len(group.tokens)):
+      tokens, starts, lengths = (
+        np.split(array[batch], num_shards)[shard]
+        for array in (group.tokens, group.starts, group.lengths)
+      )
+      flat = tokens.ravel().tolist()
+      texts += [flat[a : a + n] for a, n in zip(starts, lengths, strict=True)]
+  return [*texts, []]
 
 
 def _joined(words) -> np.ndarray:
@@ -75,59 +64,121 @@ def _joined(words) -> np.ndarray:
   return words[:, 0] | words[:, 1] << np.uint64(32)
 
 
-def _roles(batch) -> tuple[list, list, list]:
-  """Queries, positives and negatives, example by example."""
-  texts = np.empty(len(batch.pairs.texts.starts), object)
-  texts[:] = _texts(batch)
-  size = len(batch.pairs.query_hash)
-  shards = batch.pairs.texts.num_shards
-  roles = packing.split_roles(texts[:, None], shards, size)
-  return tuple(role[..., 0].tolist() for role in roles)
+def _examples(batch, num_shards=1) -> list[tuple]:
+  """Query, positive, negatives, hashes and mask of each example, unpacked."""
+  pairs = batch.pairs
+  size = len(pairs.query_hash) // num_shards
+  negatives = pairs.negative_mask.shape[1]
+  roles = []
+  for shard, slots in enumerate(np.split(pairs.slots, num_shards)):
+    texts = _shard_texts(pairs, shard, num_shards)
+    places = [texts[slot] for slot in slots]
+    for i in range(size):
+      first = 2 * size + i * negatives
+      own = places[first : first + negatives]
+      roles.append((places[i], places[size + i], own))
+  hashes = _joined(pairs.query_hash).tolist(), _joined(pairs.positive_hash).tolist()
+  rows = zip(roles, *hashes, pairs.negative_mask.tolist(), strict=True)
+  return [(*role, *rest) for role, *rest in rows]
 
 
-def _numbers(batch) -> list[int]:
-  return [text[0] for text in _roles(batch)[0]]
+def _numbers(batch, num_shards=1) -> list[int]:
+  return [query[0] for query, *_ in _examples(batch, num_shards)]
 
 
 def _assert_same(a, b):
   assert (a.step, a.task, a.real_tokens) == (b.step, b.task, b.real_tokens)
-  for field in dataclasses.fields(a.pairs):
-    if field.name != "texts":
-      np.testing.assert_array_equal(
-        getattr(a.pairs, field.name), getattr(b.pairs, field.name)
-      )
-  assert _roles(a) == _roles(b)
+  assert _examples(a) == _examples(b)
 
 
-def test_a_batch_is_its_examples(tasks):
-  source = _source(tasks)
+@pytest.mark.parametrize("microbatch_tokens", [None, 128])
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_a_batch_is_its_examples(tasks, num_shards, microbatch_tokens):
+  source = _source(tasks, num_shards=num_shards, microbatch_tokens=microbatch_tokens)
   for step in range(6):
     batch = source.batch(step)
     negatives = {"plain": 2, "bare": 0}[batch.task]
-    query, positive, negative = _roles(batch)
-    numbers = np.array(_numbers(batch))
-    assert [text[0] for text in positive] == numbers.tolist()
     assert batch.pairs.negative_mask.shape == (8, negatives)
-    counts = numbers % (negatives + 1)
-    np.testing.assert_array_equal(batch.pairs.negative_mask.sum(axis=1), counts)
-    for number, count, own in zip(numbers, counts, negative, strict=True):
+    total = 0
+    for query, positive, own, *hashes, mask in _examples(batch, num_shards):
+      number = query[0]
+      assert positive[0] == number
+      count = number % (negatives + 1)
       empty = negatives - count
       assert [text[:1] for text in own] == [[number]] * count + [[]] * empty
-    hashes = numbers.astype(np.uint64) << np.uint64(33)
-    np.testing.assert_array_equal(_joined(batch.pairs.query_hash), hashes)
-    np.testing.assert_array_equal(_joined(batch.pairs.positive_hash), hashes + 1)
-    assert batch.real_tokens == sum(map(len, _texts(batch)))
-    assert query != positive
+      assert mask == [True] * count + [False] * empty
+      assert hashes == [number << 33, (number << 33) + 1]
+      assert query != positive
+      total += len(query) + len(positive) + sum(map(len, own))
+    assert batch.real_tokens == total
+    shapes = batch.pairs.group_shapes(num_shards)
+    assert batch.slots == num_shards * sum(shape.tokens for shape in shapes)
+    assert total <= batch.slots
+    if microbatch_tokens and num_shards == 1:
+      assert max(shape.microbatches for shape in shapes) > 1
 
 
-def test_number_of_shards_changes_no_example(tasks):
+def _by_number(batch, num_shards):
+  return sorted(_examples(batch, num_shards))
+
+
+@pytest.mark.parametrize("microbatch_tokens", [None, 64, 256])
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+def test_neither_shards_nor_microbatches_change_an_example(
+  tasks, num_shards, microbatch_tokens
+):
   one = _source(tasks)
-  for num_shards in (2, 4, 8):
-    many = _source(tasks, num_shards=num_shards)
-    for step in range(8):
-      batch = many.batch(step)
-      assert batch.pairs.texts.num_shards == num_shards
-      _assert_same(batch, one.batch(step))
+  many = _source(tasks, num_shards=num_shards, microbatch_tokens=microbatch_tokens)
+  for step in range(8):
+    ours, expected = many.batch(step), one.batch(step)
+    assert (ours.task, ours.real_tokens) == (expected.task, expected.real_tokens)
+    assert _by_number(ours, num_shards) == _by_number(expected, 1)
+
+
+@pytest.mark.parametrize("own", [[0], [3], [0, 1], [2, 3], [3, 0]])
+def test_a_process_has_its_part_of_the_batch(tasks, own):
+  whole = _source(tasks, num_shards=4, microbatch_tokens=128)
+  part = _source(tasks, num_shards=4, microbatch_tokens=128, own_shards=own)
+  for step in range(6):
+    ours, expected = part.batch(step), whole.batch(step)
+    assert (ours.real_tokens, ours.slots) == (expected.real_tokens, expected.slots)
+
+    def taken(array, axis, own=own):
+      parts = np.split(array, 4, axis)
+      return np.concatenate([parts[shard] for shard in own], axis)
+
+    for mine, group in zip(ours.pairs.groups, expected.pairs.groups, strict=True):
+      for name in ("tokens", "positions", "text_ids", "starts", "lengths"):
+        np.testing.assert_array_equal(
+          getattr(mine, name), taken(getattr(group, name), 1)
+        )
+    for name in ("slots", "query_hash", "positive_hash", "negative_mask"):
+      np.testing.assert_array_equal(
+        getattr(ours.pairs, name), taken(getattr(expected.pairs, name), 0)
+      )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 1000])
+def test_shuffled_is_a_permutation(size):
+  positions = np.arange(size)
+  orders = [shuffled(positions, size, key) for key in (1, 2, 2**64 - 1)]
+  for order in orders:
+    assert sorted(order) == list(range(size))
+    np.testing.assert_array_equal(shuffled(positions[1:], size, 1), orders[0][1:])
+  if size > 10:
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_shuffled_is_even():
+  """Any place is as likely for any position: chi-squared within 5 deviations."""
+  orders = np.array([shuffled(np.arange(10), 10, key) for key in range(3000)])
+  counts = np.array([np.bincount(column, minlength=10) for column in orders.T])
+  statistic = ((counts - 300) ** 2 / 300).sum()
+  freedom = 81
+  assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
+  # And neighbours do not stay neighbours.
+  apart = np.abs(np.diff(orders.astype(int), axis=1)) == 1
+  assert apart.mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_seed_and_batch_size_change_the_examples(tasks):
@@ -164,7 +215,7 @@ def test_worker_processes_keep_order_and_content(tasks):
 
 @pytest.mark.parametrize(("examples", "size"), [(105, 8), (16, 8), (9, 9), (1, 1)])
 def test_an_epoch_has_every_example_at_most_once(tmp_path, examples, size):
-  task = _write(tmp_path, "task", [examples], negatives=0)
+  task = _write(tmp_path, "task", examples, negatives=0)
   source = _source([task], size)
   steps = examples // size
   orders = []
@@ -180,7 +231,7 @@ def test_an_epoch_has_every_example_at_most_once(tmp_path, examples, size):
 
 
 def test_what_an_epoch_leaves_out_changes(tmp_path):
-  task = _write(tmp_path, "task", [15], negatives=0)
+  task = _write(tmp_path, "task", 15, negatives=0)
   source = _source([task], 8)
   left_out = {frozenset(range(15)) - set(_numbers(source.batch(e))) for e in range(20)}
   assert len(left_out) > 10
@@ -234,7 +285,7 @@ def test_token_ids_outside_the_table(tasks):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damaged_record(tmp_path, num_workers):
-  task = _write(tmp_path, "task", [8], negatives=0)
+  task = _write(tmp_path, "task", 8, negatives=0)
   writer = array_record_module.ArrayRecordWriter(task.paths[0], "group_size:1")
   for _ in range(8):
     writer.write(b"\x02\0\0\0 no example")
@@ -246,7 +297,7 @@ def test_damaged_record(tmp_path, num_workers):
 @pytest.mark.parametrize("place", [70, 20_000])
 def test_damaged_shard(tmp_path, place):
   """As many bytes as were written, but not those."""
-  task = _write(tmp_path, "task", [400], negatives=0)
+  task = _write(tmp_path, "task", 400, negatives=0)
   path = task.directory / "examples-00000.array_record"
   content = bytearray(path.read_bytes())
   assert any(content[place : place + 64])
@@ -257,7 +308,16 @@ def test_damaged_shard(tmp_path, place):
 
 
 def test_shard_that_is_no_shard(tmp_path):
-  task = _write(tmp_path, "task", [8], negatives=0)
+  task = _write(tmp_path, "task", 8, negatives=0)
   (task.directory / "examples-00000.array_record").write_bytes(b"short")
   with pytest.raises(DataError, match=f"{task.directory}: .*; delete it to rebuild"):
     _source([task])
+
+
+def test_lengths_of_other_examples(tmp_path):
+  task = _write(tmp_path, "task", 8, negatives=0)
+  lengths = np.load(task.directory / "lengths.npy")
+  np.save(task.directory / "lengths.npy", lengths[::-1])
+  source = _source([task])
+  with pytest.raises(DataError, match=f"{task.directory}: .*; delete it to rebuild"):
+    source.batch(0)

@@ -9,9 +9,11 @@ import pathlib
 import random
 
 import grain
+import numpy as np
 import pytest
 
 from embgemma.data import cache
+from embgemma.data.records import Example, content_hash, decode_records
 from embgemma.data.sources import JsonlSource, TfdsSource, TfrecordSource
 from embgemma.data.tasks import DataConfig, Task
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
@@ -79,9 +81,17 @@ def _build(config):
   return cache.build(config, log.append), log
 
 
-def _read(task: cache.CachedTask) -> list[cache.Example]:
+def _read(task: cache.CachedTask) -> list[Example]:
   source = grain.sources.ArrayRecordDataSource(task.paths)
-  return [cache.decode_example(source[i]) for i in range(len(source))]
+  records = [source[i] for i in range(len(source))]
+  read = decode_records(records, 2 + task.statistics["max_negatives"])
+  np.testing.assert_array_equal(task.lengths(), read.lengths)
+  examples = []
+  for record, starts, lengths in zip(records, read.starts, read.lengths, strict=True):
+    spans = zip(starts, lengths, strict=True)
+    tokens = tuple(read.words[a : a + n] for a, n in spans if n)
+    examples.append(Example(tokens, np.frombuffer(record, "<u8", len(tokens), 4)))
+  return examples
 
 
 def _queries(task, vocabulary) -> list[str]:
@@ -139,12 +149,12 @@ def test_jsonl_to_records(make, write, vocabulary):
   assert lengths[-1] == [24, 32, 20]
 
   query, positive, *_ = zip(*(example.hashes[:2] for example in examples), strict=True)
-  assert query[0] == cache.content_hash("a")  # without its prompt
-  assert positive[0] == cache.content_hash("bad cab")
+  assert query[0] == content_hash("a")  # without its prompt
+  assert positive[0] == content_hash("bad cab")
   assert query[2] == query[3]
   assert positive[2] == positive[3]  # one label
   assert len(set(positive)) == 5
-  assert examples[2].hashes[2] == examples[3].hashes[2] == cache.content_hash("x")
+  assert examples[2].hashes[2] == examples[3].hashes[2] == content_hash("x")
   assert task.statistics == {
     "examples": 6,
     "tokens": sum(map(sum, lengths)),

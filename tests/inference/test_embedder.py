@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from embgemma import checkpoints
-from embgemma.data import packing
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError, ConfigError, DataError
 from embgemma.inference import embedder
@@ -55,7 +54,7 @@ def vocabulary(words, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(words):
-  """Of 2 to some 100 tokens, hence in rows of 64 and of 128."""
+  """Of 2 to some 100 tokens."""
   rng = random.Random(2)
   counts = [0, 1, 40, 3, 60, 30, *(rng.randint(0, 40) for _ in range(34))]
   return [" ".join(rng.choices(words, k=count)) for count in counts]
@@ -75,9 +74,14 @@ def params():
   return _init(0)
 
 
+_LADDER = (32, 64, 128)
+
+
 @pytest.fixture(scope="module")
 def encoder(vocabulary):
-  return TextEncoder(_CONFIG, vocabulary, max_length=100, tokens_per_batch=512)
+  return TextEncoder(
+    _CONFIG, vocabulary, max_length=100, tokens_per_batch=512, row_lengths=_LADDER
+  )
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +90,20 @@ def alone(encoder, params, texts):
   return np.concatenate([encoder.encode(params, [text]) for text in texts])
 
 
-def test_texts_use_two_row_lengths(vocabulary, texts):
-  sizes = [len(tokens) for tokens in vocabulary.encode_batch(texts, 100)]
-  assert {packing.row_length(size) for size in sizes} == {64, 128}
-  assert max(sizes) == 100
-  assert min(sizes) == 2
+def test_batches_hold_every_text_once(encoder):
+  """Rows of several lengths, nearly full, and few shapes."""
+  rng = np.random.default_rng(0)
+  lengths = np.where(
+    rng.random(3000) < 0.9, rng.integers(3, 20, 3000), rng.integers(40, 100, 3000)
+  )
+  batches = list(encoder._batches(lengths))
+  texts = np.concatenate([p.texts for b in batches for p in b.placements])
+  assert sorted(texts) == list(range(3000))
+  assert len({batch.shape.length for batch in batches}) > 1
+  assert len({batch.shape for batch in batches}) <= 8
+  assert all(batch.shape.tokens <= 512 for batch in batches)
+  slots = sum(batch.shape.tokens for batch in batches)
+  assert lengths.sum() / slots > 0.95
 
 
 def test_order_is_kept(encoder, params, texts, alone):
@@ -118,7 +131,7 @@ def test_no_texts(encoder, params):
   assert list(encoder.stream(params, iter([]))) == []
 
 
-def test_stream_takes_what_it_needs(encoder, params, texts, alone, monkeypatch):
+def test_stream_takes_one_window_ahead(encoder, params, texts, alone, monkeypatch):
   monkeypatch.setattr(embedder, "WINDOW", 16)
   taken = 0
 
@@ -133,7 +146,7 @@ def test_stream_takes_what_it_needs(encoder, params, texts, alone, monkeypatch):
     chunks.append(chunk)
     takes.append(taken)
   assert [len(chunk) for chunk in chunks] == [16, 16, 8]
-  assert takes == [16, 32, 40]
+  assert takes == [32, 40, 40]
   np.testing.assert_allclose(np.concatenate(chunks), alone, atol=1e-5)
 
 
@@ -145,8 +158,9 @@ def test_eight_devices_give_what_one_gives(vocabulary, params, texts, alone):
     vocabulary,
     max_length=100,
     tokens_per_batch=2048,
-    sharding=partitioner.batch_sharding(mesh),
-    num_shards=data_shards(mesh),
+    mesh=mesh,
+    batch_axes=("data", "fsdp"),
+    row_lengths=_LADDER,
   )
   assert data_shards(mesh) == 8
   np.testing.assert_allclose(many.encode(params, texts), alone, atol=1e-5)

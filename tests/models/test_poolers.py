@@ -20,23 +20,27 @@ _TEXTS = 8
 _LENGTH = 16
 _WIDTH = 12
 _HEADS = 3
-# Shapes never change, so that each pooler compiles once a number of shards.
+# Shapes never change, so that each pooler compiles once.
 _TEXT_LENGTHS = st.lists(
   st.integers(0, _LENGTH), min_size=_TEXTS, max_size=_TEXTS
 ).filter(any)
 
 
-def _packed(texts, num_shards, one_a_row=False) -> PackedTexts:
+def _packed(texts, one_a_row=False) -> PackedTexts:
   """Token arrays, some of them empty, in as many rows and slots as texts."""
-  size = _TEXTS // num_shards
-  shards = [texts[i : i + size] for i in range(0, _TEXTS, size)]
-  layouts = [
-    packing.Layout(list(range(size)), [0] * size, size)
-    if one_a_row
-    else packing.best_fit([len(text) for text in shard], _LENGTH)
-    for shard in shards
-  ]
-  return packing.place_texts(shards, layouts, _LENGTH, size, size)
+  lengths = np.array([len(text) for text in texts])
+  layout = packing.best_fit(lengths, _LENGTH)
+  row, offset = layout.row, layout.offset
+  if one_a_row:
+    row, offset = np.arange(_TEXTS), np.zeros(_TEXTS, int)
+  (given_texts,) = np.nonzero(lengths)
+  # A text's slot is its number, so that empty ones stay empty.
+  placement = packing.Placement(
+    given_texts, row[given_texts], offset[given_texts], given_texts
+  )
+  shape = packing.GroupShape(_LENGTH, 1, _TEXTS, _TEXTS)
+  packed = packing.place_texts([texts[i] for i in given_texts], [placement], shape)
+  return jax.tree.map(lambda array: array[0], packed)
 
 
 def _random_texts(lengths, seed=0, vocabulary=50):
@@ -48,11 +52,9 @@ def _scatter(states, packed: PackedTexts) -> np.ndarray:
   """The states of texts at their places in [R, L, D]; noise in padding."""
   rng = np.random.default_rng(1)
   hidden = rng.normal(size=(*packed.tokens.shape, _WIDTH)).astype(np.float32)
-  flat = hidden.reshape(packed.num_shards, -1, _WIDTH)
-  size = _TEXTS // packed.num_shards
-  for i, state in enumerate(states):
-    start = packed.starts[i]
-    flat[i // size, start : start + len(state)] = state
+  flat = hidden.reshape(-1, _WIDTH)
+  for start, state in zip(packed.starts, states, strict=True):
+    flat[start : start + len(state)] = state
   return hidden
 
 
@@ -77,21 +79,20 @@ def _expected(kind, state, params) -> np.ndarray:
 @functools.cache
 def _pooler(kind):
   pooler = Pooler(kind, _HEADS)
-  packed = _packed(_random_texts([1] * _TEXTS), 1)
+  packed = _packed(_random_texts([1] * _TEXTS))
   hidden = jnp.zeros((*packed.tokens.shape, _WIDTH))
   params = nn.unbox(jax.jit(pooler.init)(jax.random.key(0), hidden, packed))
   return jax.jit(pooler.apply), jax.device_get(params)
 
 
 @pytest.mark.parametrize("kind", POOLERS)
-@pytest.mark.parametrize("num_shards", [1, 4])
 @settings(max_examples=20, deadline=None)
 @given(lengths=_TEXT_LENGTHS)
-def test_pools_each_text_alone(kind, num_shards, lengths):
+def test_pools_each_text_alone(kind, lengths):
   apply, params = _pooler(kind)
   rng = np.random.default_rng(2)
   states = [rng.normal(size=(n, _WIDTH)).astype(np.float32) for n in lengths]
-  packed = _packed(_random_texts(lengths), num_shards)
+  packed = _packed(_random_texts(lengths))
   pooled = apply(params, _scatter(states, packed), packed)
   assert pooled.dtype == jnp.float32
   assert np.isfinite(pooled).all()
@@ -112,19 +113,19 @@ def test_pools_bfloat16_in_float32(kind):
     np.asarray(jnp.asarray(rng.normal(size=(16, _WIDTH)), jnp.bfloat16), np.float32)
     for _ in range(_TEXTS)
   ]
-  packed = _packed(_random_texts([16] * _TEXTS), 1)
+  packed = _packed(_random_texts([16] * _TEXTS))
   hidden = jnp.asarray(_scatter(states, packed), jnp.bfloat16)
   for vector, state in zip(apply(params, hidden, packed), states, strict=True):
     np.testing.assert_allclose(vector, _expected(kind, state, params), atol=5e-6)
 
 
 def test_attention_pooler_with_scores_far_apart():
-  """Texts of one shard whose scores no common maximum could hold in float32."""
+  """Texts whose scores no common maximum could hold in float32."""
   apply, params = _pooler("attention")
   rng = np.random.default_rng(4)
   scales = [1e-2, 1.0, 1e2, 1e3, 1e3, 1e2, 1.0, 1e-2]
   states = [s * rng.normal(size=(5, _WIDTH)).astype(np.float32) for s in scales]
-  packed = _packed(_random_texts([5] * _TEXTS), 1)
+  packed = _packed(_random_texts([5] * _TEXTS))
   hidden = _scatter(states, packed)
   pooled = apply(params, hidden, packed)
   for vector, state in zip(pooled, states, strict=True):
@@ -171,14 +172,13 @@ def _embed(kind):
 
 
 @pytest.mark.parametrize("kind", POOLERS)
-@pytest.mark.parametrize("num_shards", [1, 4])
 @settings(max_examples=10, deadline=None)
 @given(lengths=_TEXT_LENGTHS, seed=st.integers(0, 2**31))
-def test_packing_does_not_show(kind, num_shards, lengths, seed):
+def test_packing_does_not_show(kind, lengths, seed):
   embed = _embed(kind)
   texts = _random_texts(lengths, seed)
-  packed = embed(_packed(texts, num_shards))
-  alone = embed(_packed(texts, 1, one_a_row=True))
+  packed = embed(_packed(texts))
+  alone = embed(_packed(texts, one_a_row=True))
   assert np.isfinite(packed).all()
   for ours, expected, text in zip(packed, alone, texts, strict=True):
     if len(text):
@@ -191,7 +191,7 @@ def test_packing_does_not_show(kind, num_shards, lengths, seed):
 @pytest.mark.parametrize("kind", ["mean", "attention"])
 def test_empty_slots_have_finite_gradients(kind):
   model, params = _embedder(kind, num_layers=1)
-  packed = _packed(_random_texts([0, 3, 0, 16, 0, 0, 5, 0]), 2)
+  packed = _packed(_random_texts([0, 3, 0, 16, 0, 0, 5, 0]))
 
   def loss(params, packed):
     vectors = model.embed(params, packed)
