@@ -1,77 +1,211 @@
-"""Packed self-attention: one mask definition, several texts in a row."""
+"""Packed self-attention: one mask definition, several ways to compute it.
+
+| backend | where | what it does |
+|---|---|---|
+| reference | anywhere | `jax.nn.dot_product_attention` over whole rows |
+| block_local | anywhere | `attention_block_local`: blocks within the window's reach |
+| splash | TPU | `attention_splash`: JAX's Pallas kernel |
+| cudnn | NVIDIA GPU | cuDNN's kernel through `jax.nn.dot_product_attention` |
+
+All follow `attention_mask` and compute logits and softmax in float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from embgemma.errors import ConfigError
+from embgemma.models import attention_block_local, attention_mask, attention_splash
+from embgemma.models.attention_mask import Band
 from embgemma.models.config import TransformerConfig
+from embgemma.models.rotary import rotary_angles
 from embgemma.typing import Array, ArrayLike, Bool, Float, Int
 
+_GPU = ("gpu", "cuda", "rocm")
+# Mesh axis along which heads may be split.
+_TENSOR = "tensor"
 
-def attention_mask(
-  config: TransformerConfig, kind: str, text_ids: Int[ArrayLike, "R L"]
-) -> Bool[Array, "R 1 L L"]:
-  """True where query i may attend to key j.
 
-  Tokens see tokens of the same text only. A text is contiguous in its row, so a
-  distance between columns is a distance between positions, and the window test
-  is static. Padding (one id of its own) attends to padding: no row is empty.
+def resolve(config: TransformerConfig, platform: str) -> TransformerConfig:
+  """The configuration with a backend in place of "auto".
 
   Args:
-    config: Gives mask kind and window; local layers see `left` keys before and
-      `right` keys after the query, inclusive (HF Gemma 3 with
-      use_bidirectional_attention and sliding_window W: W // 2 on both sides).
-    kind: "local" or "global".
-    text_ids: Which text each token belongs to.
+    config: Of the stack.
+    platform: Of the devices that compute it, `jax.Device.platform`: it may be another
+      than the process's own (compilation for a TPU on a CPU host).
+
+  Raises:
+    ConfigError: the chosen backend cannot compute this stack there.
   """
-  same_text = text_ids[:, None, :, None] == text_ids[:, None, None, :]
+  if config.attention == "auto":
+    backend = "splash" if platform == "tpu" else "block_local"
+    return dataclasses.replace(config, attention=backend)
+  name = f"TransformerConfig.attention {config.attention!r}"
+  if config.attention == "splash" and platform != "tpu":
+    raise ConfigError(f"{name} runs on TPU, the devices are {platform}; use 'auto'")
+  if config.attention == "cudnn":
+    if platform not in _GPU:
+      raise ConfigError(f"{name} runs on GPU, the devices are {platform}; use 'auto'")
+    if config.dtype != "bfloat16":
+      raise ConfigError(
+        f"{name} computes in bfloat16, TransformerConfig.dtype is {config.dtype!r}; "
+        "use 'bfloat16' for it, or attention 'block_local'"
+      )
+  return config
+
+
+def row_lengths(config: TransformerConfig, ladder: Sequence[int]) -> tuple[int, ...]:
+  """Those of the ladder's row lengths that the (resolved) backend takes."""
+  unit = {"splash": attention_splash.LENGTH_UNIT, "cudnn": 2}.get(config.attention, 1)
+  return tuple(length for length in ladder if length % unit == 0)
+
+
+class AttentionInputs(NamedTuple):
+  """What layers of one kind share: computed once, outside the scan.
+
+  Attributes:
+    mask: As the backend reads it; for splash the text ids.
+    angles: Of RoPE.
+  """
+
+  mask: Bool[Array, "R *mask"] | Int[Array, "R L"]
+  angles: tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]]
+
+
+def prepare(
+  config: TransformerConfig,
+  positions: Int[ArrayLike, "R L"],
+  text_ids: Int[ArrayLike, "R L"],
+) -> dict[str, AttentionInputs]:
+  """What the layers of each kind in the stack need, by kind.
+
+  Args:
+    config: Of the stack.
+    positions: Position of each token in its own text, from 0.
+    text_ids: Which text of the row a token belongs to; padding has its own id.
+  """
   length = text_ids.shape[1]
-  distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-  allowed = same_text
-  if config.mask == "causal":
-    allowed &= distance >= 0
-  if kind == "local":
-    left, right = config.window
-    # A side that covers the whole row needs no mask.
-    if left < length - 1:
-      allowed &= distance <= left
-    if right < length - 1 and config.mask != "causal":
-      allowed &= -distance <= right
-  return allowed
+  rotary = {
+    "local": (config.rope_base_local, 1.0),
+    "global": (config.rope_base_global, config.rope_factor_global),
+  }
+  build = _BACKENDS[config.attention].mask
+  return {
+    kind: AttentionInputs(
+      build(attention_mask.band(config, kind, length), text_ids),
+      rotary_angles(positions, config.head_dim, *rotary[kind]),
+    )
+    for kind in sorted(set(config.layer_kinds))
+  }
 
 
-def rotary_angles(
-  positions: Int[ArrayLike, "R L"], head_dim: int, base: float, factor: float = 1.0
-) -> tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]]:
-  """Cosine and sine of RoPE in float32, whatever the compute dtype.
-
-  Positions are divided by `factor`.
-  """
-  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  angles = positions[..., None].astype(jnp.float32) / (factor * base**exponents)
-  return jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
-
-
-def apply_rotary(
-  x: Float[Array, "R L H hd"],
-  angles: tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]],
-) -> Float[Array, "R L H hd"]:
-  """x rotated by RoPE; halves are paired (j, j + head_dim / 2), as in Gemma."""
-  cos, sin = angles
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x.dtype)
-
-
-def dot_product_attention(
+def attend(
+  config: TransformerConfig,
+  kind: str,
   query: Float[Array, "R L H hd"],
   key: Float[Array, "R L K hd"],
   value: Float[Array, "R L K hd"],
-  mask: Bool[Array, "R 1 L L"],
-  scale: float,
+  inputs: AttentionInputs,
 ) -> Float[Array, "R L H hd"]:
-  """Softmax attention; logits and softmax in float32, masked by a finite value."""
+  """Softmax attention by the configuration's backend, scaled as it says.
+
+  Where the mesh of the context leaves an axis "tensor" to the compiler, heads are
+  split over it.
+
+  Args:
+    config: Of the stack.
+    kind: Of the layer, "local" or "global".
+    query: After norm and RoPE.
+    key: After norm and RoPE.
+    value: Values.
+    inputs: From `prepare`, of this kind.
+
+  Raises:
+    ConfigError: the backend does not take this row length.
+  """
+  band = attention_mask.band(config, kind, query.shape[1])
+  scale = (config.query_scalar or config.head_dim) ** -0.5
+  compute = functools.partial(_BACKENDS[config.attention].attend, band, scale=scale)
+  return _over_heads(compute)(query, key, value, inputs.mask)
+
+
+def _reference(
+  band: Band, query: Array, key: Array, value: Array, mask: Array, scale: float
+) -> Array:
   return jax.nn.dot_product_attention(
-    query, key, value, mask=mask, scale=scale, implementation="xla"
+    query, key, value, mask=mask[:, None], scale=scale, implementation="xla"
   )
+
+
+def _cudnn(
+  band: Band, query: Array, key: Array, value: Array, mask: Array, scale: float
+) -> Array:
+  """As cuDNN has neither text ids nor a window on the right, the mask is an array.
+
+  JAX turns it into a bias of [R, 1, L, L] in bfloat16: time and memory are O(L^2).
+  Heads wider than 128 need a Hopper GPU or later (JAX raises). Written from JAX's
+  documentation and source; it has not been run on a GPU.
+  """
+  if query.shape[1] % 2:
+    raise ConfigError(
+      f"TransformerConfig.attention 'cudnn': rows of {query.shape[1]} tokens; it takes "
+      "even row lengths. Choose such, or attention 'block_local'."
+    )
+  return jax.nn.dot_product_attention(
+    query, key, value, mask=mask[:, None], scale=scale, implementation="cudnn"
+  )
+
+
+class _Backend(NamedTuple):
+  """`mask(band, text_ids)`, and `attend(band, query, key, value, mask, scale)`."""
+
+  mask: Callable[..., Array]
+  attend: Callable[..., Array]
+
+
+def _text_ids(band: Band, text_ids: ArrayLike) -> Array:
+  return jnp.asarray(text_ids)
+
+
+_BLOCK_LOCAL = _Backend(attention_block_local.block_mask, attention_block_local.attend)
+_BACKENDS = {
+  "auto": _BLOCK_LOCAL,  # not resolved: what runs anywhere
+  "reference": _Backend(attention_mask.dense, _reference),
+  "block_local": _BLOCK_LOCAL,
+  "splash": _Backend(_text_ids, attention_splash.attend),
+  "cudnn": _Backend(attention_mask.dense, _cudnn),
+}
+
+
+def _over_heads(compute: Callable[..., Array]) -> Callable[..., Array]:
+  """`compute` on each device's own heads where the compiler would split them.
+
+  No backend can be split by the compiler without moving heads: kernels are opaque to
+  it, and products fold heads into rows.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if _TENSOR not in mesh.auto_axes or mesh.shape[_TENSOR] == 1:
+    return compute
+  size = mesh.shape[_TENSOR]
+
+  def sharded(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    heads, kv_heads = query.shape[2], key.shape[2]
+    whole, split = PartitionSpec(), PartitionSpec(None, None, _TENSOR)
+    # A part of the query heads must find its key heads in the part beside it.
+    fits = heads % size == 0 and (kv_heads == 1 or kv_heads % size == 0)
+    q_spec = split if fits else whole
+    kv_spec = split if fits and kv_heads > 1 else whole
+    return jax.shard_map(
+      compute,
+      in_specs=(q_spec, kv_spec, kv_spec, whole),
+      out_specs=q_spec,
+      axis_names={_TENSOR},
+      check_vma=False,
+    )(query, key, value, mask)
+
+  return sharded

@@ -12,6 +12,7 @@ from embgemma.errors import ConfigError
 ATTENTION_KINDS = ("local", "global")
 MASK_KINDS = ("bidirectional", "causal")
 POOLERS = ("mean", "first", "last", "attention")
+ATTENTION_BACKENDS = ("auto", "reference", "block_local", "splash", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
@@ -67,6 +68,11 @@ class TransformerConfig:
     dtype: Compute dtype, "float32" or "bfloat16". Parameters are float32.
     remat: What the backward pass recomputes: "none", "full" (keep only the
       input of each layer group) or "dots" (keep matmul outputs).
+    attention: How attention is computed: "auto" (what suits the devices),
+      "reference", "block_local", "splash" (TPU) or "cudnn" (GPU); see
+      `embgemma.models.attention`. The result is the same but for rounding.
+    dropout_rate: Of the outputs of attention and feed-forward, in training. None of
+      Gemma's models has any; T5Gemma's configuration does.
   """
 
   vocab_size: int
@@ -88,6 +94,8 @@ class TransformerConfig:
   max_length: int = 2048
   dtype: str = "float32"
   remat: str = "none"
+  attention: str = "auto"
+  dropout_rate: float = 0.0
 
   def __post_init__(self):
     # gin and JSON give lists; a configuration must be hashable.
@@ -160,6 +168,14 @@ class TransformerConfig:
     _require(
       self.remat in REMAT_POLICIES,
       f"{name}.remat must be one of {REMAT_POLICIES}, got {self.remat!r}",
+    )
+    _require(
+      self.attention in ATTENTION_BACKENDS,
+      f"{name}.attention must be one of {ATTENTION_BACKENDS}, got {self.attention!r}",
+    )
+    _require(
+      isinstance(self.dropout_rate, int | float) and 0 <= self.dropout_rate < 1,
+      f"{name}.dropout_rate must be >= 0 and < 1, got {self.dropout_rate!r}",
     )
 
   @property

@@ -1,5 +1,6 @@
 """The embedding function: packed texts to unit vectors."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from embgemma.models import lora
+from embgemma.models import attention, lora
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.layers import linear
 from embgemma.models.poolers import Pooler
@@ -21,12 +22,17 @@ class Embedder(nn.Module):
   config: EmbedderConfig
 
   @nn.compact
-  def __call__(self, packed: PackedTexts) -> Float[Array, "N E"]:
+  def __call__(
+    self,
+    packed: PackedTexts,
+    vectors: Float[Array, "R L D"] | None = None,
+    deterministic: bool = True,
+  ) -> Float[Array, "N E"]:
     """Unit vectors in float32; zeros for slots that hold no text."""
     cfg = self.config
     dtype = jnp.dtype(cfg.transformer.dtype)
     hidden = Transformer(cfg.transformer, name="encoder")(
-      packed.tokens, packed.positions, packed.text_ids
+      packed.tokens, packed.positions, packed.text_ids, vectors, deterministic
     )
     pooled = Pooler(cfg.pooler, cfg.pooler_heads, name="pooler")(hidden, packed)
     x = pooled.astype(dtype)
@@ -39,14 +45,36 @@ class Embedder(nn.Module):
     # The bound keeps the gradient of an empty slot finite.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 
-  def embed(self, params: Params, packed: PackedTexts) -> Float[Array, "N E"]:
+  def embed(
+    self,
+    params: Params,
+    packed: PackedTexts,
+    vectors: Float[Array, "R L D"] | None = None,
+    key: Array | None = None,
+  ) -> Float[Array, "N E"]:
     """`__call__` with explicit parameters: what training and inference both call.
 
     Adapters take part with their scale, which `apply` alone would leave out.
+
+    Args:
+      params: Of `init_params`, without axis boxes.
+      packed: The texts.
+      vectors: In place of the token table's, see `transformer.token_vectors`; the
+        table may then be missing.
+      key: Of dropout; None is without.
     """
     scaled = lora.scaled(params, self.config.lora)
-    vectors: Any = self.apply({"params": scaled}, packed)
-    return vectors
+    rngs = None if key is None else {"dropout": key}
+    embedded: Any = self.apply(
+      {"params": scaled}, packed, vectors, key is None, rngs=rngs
+    )
+    return embedded
+
+
+def on_platform(config: EmbedderConfig, platform: str) -> EmbedderConfig:
+  """The configuration with the attention that suits a platform, see `resolve`."""
+  transformer = attention.resolve(config.transformer, platform)
+  return dataclasses.replace(config, transformer=transformer)
 
 
 def init_params(config: EmbedderConfig, key: Array) -> Params:
@@ -78,5 +106,4 @@ def abstract_packed_texts() -> PackedTexts:
     text_ids=ids,
     starts=jnp.zeros((1,), jnp.int32),
     lengths=jnp.full((1,), 2, jnp.int32),
-    num_shards=1,
   )

@@ -1,26 +1,21 @@
 """Gemma 3 building blocks: norm, linear map, feed-forward, attention, block."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from embgemma.models import attention, lora
+from embgemma.models.attention import AttentionInputs
 from embgemma.models.config import TransformerConfig
-from embgemma.typing import Array, ArrayLike, Bool, DTypeLike, Float
+from embgemma.models.rotary import apply_rotary
+from embgemma.typing import Array, ArrayLike, DTypeLike, Float
 
 # Norms keep the scale of the residual branches, so plain fan-in scaling serves
 # at every depth.
 kernel_init = nn.initializers.lecun_normal()
-
-
-class AttentionInputs(NamedTuple):
-  """What layers of one kind share: computed once, outside the scan."""
-
-  mask: Bool[Array, "R 1 L L"]
-  angles: tuple[Float[Array, "R L 1 half"], Float[Array, "R L 1 half"]]
 
 
 class RMSNorm(nn.Module):
@@ -90,6 +85,7 @@ class Attention(nn.Module):
   """Grouped-query attention with RMS-normed queries and keys, then RoPE."""
 
   config: TransformerConfig
+  kind: str
 
   @nn.compact
   def __call__(
@@ -108,10 +104,9 @@ class Attention(nn.Module):
     value = project(cfg.num_kv_heads, "kv", "value")
     query = RMSNorm(cfg.norm_epsilon, "head_dim", name="query_norm")(query)
     key = RMSNorm(cfg.norm_epsilon, "head_dim", name="key_norm")(key)
-    query = attention.apply_rotary(query, inputs.angles)
-    key = attention.apply_rotary(key, inputs.angles)
-    scale = (cfg.query_scalar or cfg.head_dim) ** -0.5
-    out = attention.dot_product_attention(query, key, value, inputs.mask, scale)
+    query = apply_rotary(query, inputs.angles)
+    key = apply_rotary(key, inputs.angles)
+    out = attention.attend(cfg, self.kind, query, key, value, inputs)
     out = out.reshape(rows, length, cfg.num_heads * cfg.head_dim)
     return linear(cfg.width, ("heads", "embed"), dtype, "output")(out)
 
@@ -132,9 +127,16 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention and feed-forward, each between two norms (Gemma 3's sandwich)."""
+  """Attention and feed-forward, each between two norms (Gemma 3's sandwich).
+
+  Dropout, where there is any, is of what the two add to the residual stream, after
+  the second norm, as in transformers' T5Gemma (T5GemmaEncoderLayer.forward); its
+  dropout of embeddings, of hidden units and of the result is left out.
+  """
 
   config: TransformerConfig
+  kind: str
+  deterministic: bool
 
   @nn.compact
   def __call__(
@@ -145,11 +147,16 @@ class Block(nn.Module):
     def norm(name: str, initial_gain: float = 1.0) -> RMSNorm:
       return RMSNorm(cfg.norm_epsilon, initial_gain=initial_gain, name=name)
 
+    def dropout(y: Array) -> Array:
+      return nn.Dropout(cfg.dropout_rate, deterministic=self.deterministic)(y)
+
     gain = cfg.initial_branch_gain
-    y = Attention(cfg, name="attention")(norm("pre_attention_norm")(x), inputs)
-    x = x + norm("post_attention_norm", gain)(y)
+    y = Attention(cfg, self.kind, name="attention")(
+      norm("pre_attention_norm")(x), inputs
+    )
+    x = x + dropout(norm("post_attention_norm", gain)(y))
     y = FeedForward(cfg, name="mlp")(norm("pre_mlp_norm")(x))
-    return x + norm("post_mlp_norm", gain)(y)
+    return x + dropout(norm("post_mlp_norm", gain)(y))
 
 
 class LayerGroup(nn.Module):
@@ -157,11 +164,13 @@ class LayerGroup(nn.Module):
 
   config: TransformerConfig
   kinds: tuple[str, ...]
+  deterministic: bool
 
   @nn.compact
   def __call__(
     self, x: Float[Array, "R L D"], inputs: Mapping[str, AttentionInputs]
   ) -> tuple[Float[Array, "R L D"], None]:
     for index, kind in enumerate(self.kinds):
-      x = Block(self.config, name=f"layer_{index}")(x, inputs[kind])
+      block = Block(self.config, kind, self.deterministic, name=f"layer_{index}")
+      x = block(x, inputs[kind])
     return x, None

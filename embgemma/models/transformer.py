@@ -1,5 +1,6 @@
 """The Gemma 3 text stack: token ids to hidden states."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from embgemma.models import attention
 from embgemma.models.config import TransformerConfig
-from embgemma.models.layers import AttentionInputs, LayerGroup, RMSNorm
+from embgemma.models.layers import LayerGroup, RMSNorm
 from embgemma.typing import Array, ArrayLike, Float, Int
 
 _REMAT = {
@@ -17,8 +18,30 @@ _REMAT = {
 }
 
 
+def embedding_scale(config: TransformerConfig) -> Array:
+  """sqrt(width), rounded to the compute dtype as in transformers' Gemma 3."""
+  return jnp.asarray(config.width**0.5, jnp.dtype(config.dtype))
+
+
+def token_vectors(
+  table: Float[ArrayLike, "V D"],
+  tokens: Int[ArrayLike, "R L"],
+  config: TransformerConfig,
+) -> Float[Array, "R L D"]:
+  """Rows of the table times `embedding_scale`, in the compute dtype: the stack's input.
+
+  Args:
+    table: Of the stack.
+    tokens: Token ids, < vocab_size.
+    config: Of the stack.
+  """
+  # Look up, then cast: casting first would copy the whole table.
+  x = jnp.take(table, tokens, axis=0).astype(jnp.dtype(config.dtype))
+  return x * embedding_scale(config)
+
+
 class TokenEmbedding(nn.Module):
-  """Table lookup scaled by sqrt(width), the scale rounded to the compute dtype."""
+  """The token table and its lookup, `token_vectors`."""
 
   config: TransformerConfig
 
@@ -27,17 +50,14 @@ class TokenEmbedding(nn.Module):
     cfg = self.config
     table: Any = self.param(
       "table",
-      # Unit variance after the scaling below.
+      # Unit variance after the scaling of the lookup.
       nn.with_logical_partitioning(
-        nn.initializers.normal(cfg.width**-0.5), ("vocab", "embed")
+        nn.initializers.normal(cfg.width**-0.5), ("vocab", "table")
       ),
       (cfg.vocab_size, cfg.width),
       jnp.float32,
     )
-    dtype = jnp.dtype(cfg.dtype)
-    # Look up, then cast: casting first would copy the whole table.
-    x = jnp.take(table, tokens, axis=0).astype(dtype)
-    return x * jnp.asarray(cfg.width**0.5, dtype)
+    return token_vectors(table, tokens, cfg)
 
 
 class Transformer(nn.Module):
@@ -56,6 +76,8 @@ class Transformer(nn.Module):
     tokens: Int[ArrayLike, "R L"],
     positions: Int[ArrayLike, "R L"],
     text_ids: Int[ArrayLike, "R L"],
+    vectors: Float[Array, "R L D"] | None = None,
+    deterministic: bool = True,
   ) -> Float[Array, "R L D"]:
     """Final hidden states in the compute dtype.
 
@@ -63,20 +85,17 @@ class Transformer(nn.Module):
       tokens: Token ids, < vocab_size.
       positions: Position of each token in its own text, from 0.
       text_ids: Which text of the row a token belongs to; padding has its own id.
+      vectors: In place of `token_vectors`; the table is then not read and may be
+        missing.
+      deterministic: Without dropout. With it, `apply` needs the random stream
+        "dropout".
     """
     cfg = self.config
-    inputs = {
-      kind: AttentionInputs(
-        attention.attention_mask(cfg, kind, text_ids),
-        attention.rotary_angles(positions, cfg.head_dim, base, factor),
-      )
-      for kind, base, factor in (
-        ("local", cfg.rope_base_local, 1.0),
-        ("global", cfg.rope_base_global, cfg.rope_factor_global),
-      )
-      if kind in cfg.layer_kinds
-    }
-    x = TokenEmbedding(cfg, name="embedder")(tokens)
+    if self.is_initializing():
+      # Parameters do not depend on it; the example row is too short for some.
+      cfg = dataclasses.replace(cfg, attention="reference")
+    inputs = attention.prepare(cfg, positions, text_ids)
+    x = TokenEmbedding(cfg, name="embedder")(tokens) if vectors is None else vectors
 
     def group(in_scan: bool) -> Any:
       if cfg.remat == "none":
@@ -90,13 +109,14 @@ class Transformer(nn.Module):
       scanned = nn.scan(
         group(in_scan=True),
         variable_axes={"params": 0},
-        split_rngs={"params": True},
+        split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=repetitions,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      x, _ = scanned(cfg, pattern, name="groups")(x, inputs)
+      x, _ = scanned(cfg, pattern, deterministic, name="groups")(x, inputs)
     if left_over:
-      remainder = group(in_scan=False)(cfg, pattern[:left_over], name="remainder")
+      kinds = pattern[:left_over]
+      remainder = group(in_scan=False)(cfg, kinds, deterministic, name="remainder")
       x, _ = remainder(x, inputs)
     return RMSNorm(cfg.norm_epsilon, name="final_norm")(x)

@@ -91,7 +91,6 @@ def texts(count=3, length=14) -> PackedTexts:
     text_ids=np.tile(np.arange(count, dtype=np.int32)[:, None], (1, length)),
     starts=np.arange(count, dtype=np.int32) * length,
     lengths=np.full((count,), length, np.int32),
-    num_shards=1,
   )
 
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,9 @@ import torch
 from transformers import Gemma3TextConfig, Gemma3TextModel
 
 from embgemma.errors import ConfigError
-from embgemma.models.attention import attention_mask
 from embgemma.models.config import EmbedderConfig, TransformerConfig
 from embgemma.models.embedder import Embedder, abstract_packed_texts
-from embgemma.models.transformer import Transformer
+from embgemma.models.transformer import Transformer, token_vectors
 from embgemma.training.partitioning import LOGICAL_AXIS_RULES
 
 _GIN = pathlib.Path(__file__).parents[2] / "gin" / "models"
@@ -207,6 +207,17 @@ def test_comparison_is_sharp(wrong):
   assert np.abs(ours - _hidden(model, text)).max() > 10 * _TOLERANCE
 
 
+@pytest.mark.parametrize("backend", ["reference", "block_local"])
+def test_backends(backend):
+  """A window of blocks, texts that cross them, padding."""
+  config = dataclasses.replace(_CONFIG, attention=backend)
+  model = _reference(config, _WINDOW)
+  texts = _texts([200, 300, 17])
+  (ours,) = _forward(config, _params(model, 3), *_rows([texts]))
+  expected = np.concatenate([_hidden(model, text) for text in texts])
+  np.testing.assert_allclose(ours, expected, atol=_TOLERANCE)
+
+
 def test_only_whole_groups():
   config = dataclasses.replace(_CONFIG, num_layers=3)
   model = _reference(config, _WINDOW)
@@ -237,23 +248,6 @@ def test_embeddinggemmas_window():
   apart = np.abs(_forward(wider, params, *packed) - ours).max(axis=(1, 2))
   assert (apart[:2] < _TOLERANCE).all()
   assert (apart[2:] > 2 * _TOLERANCE).all()
-
-
-@pytest.mark.parametrize("mask", ["bidirectional", "causal"])
-@pytest.mark.parametrize("window", [(0, 0), (2, 5), (5, 2), (3, 0), (0, 40), (40, 0)])
-@pytest.mark.parametrize("kind", ["local", "global"])
-def test_mask_is_its_definition(mask, window, kind):
-  config = dataclasses.replace(_CONFIG, mask=mask, window=window)
-  ids = np.array([[0] * 3 + [1] * 14 + [9] * 3])
-  allowed = attention_mask(config, kind, jnp.asarray(ids))
-  for q in range(20):
-    for k in range(20):
-      expected = ids[0, q] == ids[0, k]
-      if kind == "local":
-        expected &= -window[1] <= q - k <= window[0]
-      if mask == "causal":
-        expected &= k <= q
-      assert allowed[0, 0, q, k] == expected, (q, k)
 
 
 def test_bfloat16_is_finite_and_close():
@@ -291,6 +285,133 @@ def test_remat_changes_no_gradient():
       scale = np.abs(expected).max()
       assert scale > 0
       np.testing.assert_allclose(recomputed, expected, atol=1e-5 * scale)
+
+
+_SHORT = dataclasses.replace(_CONFIG, num_layers=4)  # a scan of one, and one more
+
+
+def test_vectors_in_place_of_the_table():
+  params = _params(_reference(_SHORT, _WINDOW), 3)
+  packed = _rows([_texts([8, 12]), _texts([20])])
+  vectors = token_vectors(params["embedder"]["table"], packed[0], _SHORT)
+  without = {name: value for name, value in params.items() if name != "embedder"}
+  expected = _forward(_SHORT, params, *packed)
+  ours = _forward(_SHORT, without, *packed, vectors)
+  np.testing.assert_allclose(ours, expected, atol=_TOLERANCE)
+
+
+def test_token_vectors_in_bfloat16():
+  """The factor sqrt(768) is rounded too: 27.75."""
+  config = dataclasses.replace(_CONFIG, width=768, dtype="bfloat16")
+  table = np.random.default_rng(0).normal(size=(config.vocab_size, 768))
+  vectors = token_vectors(table.astype(np.float32), np.array([[3, 5]]), config)
+  assert vectors.dtype == jnp.bfloat16
+  expected = jnp.asarray(table[None, [3, 5]], jnp.bfloat16) * jnp.bfloat16(27.75)
+  np.testing.assert_array_equal(vectors, expected)
+
+
+def test_gradient_of_vectors_scattered_is_the_tables():
+  params = _params(_reference(_SHORT, _WINDOW), 3)
+  tokens, *places = map(jnp.asarray, _rows([_texts([8, 12]), _texts([20])]))
+  table = jnp.asarray(params["embedder"]["table"])
+
+  def loss(table, vectors=None):
+    there = {"params": {**params, "embedder": {"table": table}}}
+    return jnp.sum(Transformer(_SHORT).apply(there, tokens, *places, vectors) ** 3)
+
+  vectors, scatter = jax.vjp(lambda t: token_vectors(t, tokens, _SHORT), table)
+  (ours,) = scatter(jax.jit(jax.grad(loss, argnums=1))(table, vectors))
+  expected = jax.jit(jax.grad(loss))(table)
+  scale = np.abs(expected).max()
+  assert scale > 0
+  np.testing.assert_allclose(ours, expected, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_dropout(remat):
+  """Drawn by row and key, and the same again in the backward pass."""
+  config = dataclasses.replace(
+    _CONFIG,
+    num_layers=2,
+    attention_pattern=("global",),
+    dropout_rate=0.5,
+    remat=remat,
+  )
+  params = _params(_reference(config, _WINDOW), 1)
+  model = Transformer(config)
+  packed = _rows([_texts([16]), _texts([16])])
+
+  @jax.jit
+  def value_and_gradient(params, key):
+    def loss(params):
+      hidden = model.apply(
+        {"params": params}, *packed, deterministic=False, rngs={"dropout": key}
+      )
+      return jnp.sum(hidden**3), hidden
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  gradients, hidden = value_and_gradient(params, jax.random.key(0))
+  again = value_and_gradient(params, jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, (gradients, hidden), again)
+  assert np.abs(hidden[0] - hidden[1]).max() > 0.1  # the same text in both rows
+  _, other = value_and_gradient(params, jax.random.key(1))
+  assert np.abs(other - hidden).max() > 0.1
+  # The gradient is that of the outputs that were kept.
+  kernel = params["groups"]["layer_0"]["mlp"]["down"]["kernel"]
+  step = 1e-2 * np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
+
+  def moved(sign):
+    at = jax.tree.map(jnp.asarray, params)
+    at["groups"]["layer_0"]["mlp"]["down"]["kernel"] = kernel + sign * step
+    _, hidden = value_and_gradient(at, jax.random.key(0))
+    return np.sum(np.asarray(hidden, np.float64) ** 3)
+
+  slope = np.sum(gradients["groups"]["layer_0"]["mlp"]["down"]["kernel"] * step)
+  np.testing.assert_allclose((moved(1) - moved(-1)) / 2, slope, rtol=0.02)
+
+
+def test_every_layer_of_a_scan_drops_its_own():
+  """What the layers add differs so much that it shows which of them was dropped."""
+  config = dataclasses.replace(
+    _CONFIG, num_layers=2, attention_pattern=("global",), dropout_rate=0.25
+  )
+  params = _params(_reference(config, _WINDOW), 1)
+  layer = params["groups"]["layer_0"]
+  layer["post_attention_norm"]["scale"] = np.full((2, config.width), -1.0, np.float32)
+  gains = np.array([[1e8], [1e4]], np.float32)
+  layer["post_mlp_norm"]["scale"] = np.repeat(gains, config.width, axis=1)
+  hidden = Transformer(config).apply(
+    {"params": params},
+    *_rows([_texts([512])]),
+    deterministic=False,
+    rngs={"dropout": jax.random.key(0)},
+  )
+  size = np.abs(hidden) / np.abs(hidden).max()
+  first, second = np.mean(size > 1e-3), np.mean((size < 1e-3) & (size > 1e-7))
+  np.testing.assert_allclose([first, second], [0.75, 0.25 * 0.75], atol=0.02)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_without_dropout(deterministic):
+  """Rate 0, or deterministic: no random stream is needed, nothing is dropped."""
+  config = dataclasses.replace(_SHORT, dropout_rate=0.5 if deterministic else 0.0)
+  params = _params(_reference(_SHORT, _WINDOW), 3)
+  packed = _rows([_texts([20])])
+  hidden = Transformer(config).apply(
+    {"params": params}, *packed, deterministic=deterministic
+  )
+  expected = Transformer(_SHORT).apply({"params": params}, *packed)
+  np.testing.assert_array_equal(hidden, expected)
+
+
+def test_dropout_needs_its_random_stream():
+  config = dataclasses.replace(_SHORT, dropout_rate=0.5)
+  params = _params(_reference(_SHORT, _WINDOW), 3)
+  with pytest.raises(flax.errors.InvalidRngError, match="dropout"):
+    Transformer(config).apply(
+      {"params": params}, *_rows([_texts([20])]), deterministic=False
+    )
 
 
 def _abstract(config: EmbedderConfig):
@@ -397,6 +518,10 @@ def untyped():
     ({"dtype": "float16"}, r"float16 is not supported.*65,504.*'bfloat16'"),
     ({"dtype": "int8"}, r"dtype must be one of .*got 'int8'"),
     ({"remat": "some"}, r"remat must be one of .*got 'some'"),
+    ({"attention": "flash"}, r"attention must be one of .*'splash'.*got 'flash'"),
+    ({"dropout_rate": 1.0}, r"dropout_rate must be >= 0 and < 1, got 1.0"),
+    ({"dropout_rate": -0.1}, r"dropout_rate must be >= 0 and < 1, got -0.1"),
+    ({"dropout_rate": "0"}, r"dropout_rate must be >= 0 and < 1, got '0'"),
   ],
 )
 def test_transformer_config_errors(changes, message):
