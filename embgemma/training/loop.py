@@ -4,42 +4,47 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import pathlib
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointPolicy, CheckpointStore
-from embgemma.data import cache, prompts, reader
+from embgemma.data import cache, packing, prompts, reader
 from embgemma.data.tasks import DataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary
-from embgemma.errors import CheckpointError, ConfigError, TrainingError
+from embgemma.errors import ConfigError
 from embgemma.evaluation import suite
 from embgemma.evaluation.report import results_table
 from embgemma.inference.embedder import TextEncoder
 from embgemma.losses.objective import Objective
+from embgemma.models import attention
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder
+from embgemma.models.embedder import Embedder, on_platform
+from embgemma.training import distributed
+from embgemma.training.activation_memory import device_memory, fitting_tokens
 from embgemma.training.metric_writers import EventWriter
 from embgemma.training.optimizers import OptimizerConfig
-from embgemma.training.partitioning import Partitioner, data_shards
-from embgemma.training.progress import Progress, duration
-from embgemma.training.stopping import Stopped, stop_requests
-from embgemma.training.train_state import (
-  TrainState,
-  abstract_state,
-  restored_state,
-  save_state,
-  state_from_checkpoint,
+from embgemma.training.partitioning import (
+  BATCH_AXES,
+  Partitioner,
+  data_shards,
+  own_shards,
+  place_pairs,
 )
-from embgemma.training.train_step import TrainStep
+from embgemma.training.profiling import Profiler
+from embgemma.training.progress import Progress, duration
+from embgemma.training.resuming import check_same_model, initial_state, resume_step
+from embgemma.training.step_metrics import Interval
+from embgemma.training.stopping import Stopped, stop_requests
+from embgemma.training.train_state import TrainState, abstract_state, save_state
+from embgemma.training.train_step import make_train_step
 
 EVALUATIONS_FILE = "evaluations.json"
 
@@ -61,6 +66,12 @@ class Intervals:
     _check_least(1, **{"Intervals.log": self.log})
     _check_least(0, **{"Intervals.evaluate": self.evaluate})
 
+  def logs_at(self, step: int) -> bool:
+    return step % self.log == 0
+
+  def evaluates_at(self, step: int) -> bool:
+    return bool(self.evaluate) and step % self.evaluate == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -70,7 +81,6 @@ class Run:
   train_steps: int
   batch_size: int
   mesh: Mesh
-  batch_sharding: jax.sharding.NamedSharding
   source: reader.StepSource
   position: dict[str, Any]
   train_step: Any
@@ -80,6 +90,7 @@ class Run:
   store: CheckpointStore
   policy: CheckpointPolicy
   intervals: Intervals
+  profiler: Profiler | None
   console: Console
 
   def save(
@@ -102,10 +113,10 @@ class Run:
       return None
     path = self.model_dir / EVALUATIONS_FILE
     kept = suite.read_results(path)
-    if str(step) not in kept:
+    if not distributed.first_says(str(step) in kept):
       encode = functools.partial(self.encoder.encode, state.inference_params)
       kept[str(step)] = {e.name: e.evaluate(encode) for e in self.evaluators}
-      checkpoints.write_atomically(path, json.dumps(kept, indent=1).encode())
+      _write_results(path, kept)
     results = kept[str(step)]
     scores = {"mean": suite.mean_score(results)} | {
       f"{task}/{key}": value
@@ -125,7 +136,12 @@ class Run:
     found = suite.read_results(path)
     kept = {step: found[step] for step in found if start and int(step) <= start}
     if kept != found:
-      checkpoints.write_atomically(path, json.dumps(kept, indent=1).encode())
+      _write_results(path, kept)
+
+
+def _write_results(path: pathlib.Path, results: Mapping[str, Any]) -> None:
+  if distributed.is_first():
+    checkpoints.write_atomically(path, json.dumps(results, indent=1).encode())
 
 
 def _check_least(least: int, **values: int) -> None:
@@ -134,133 +150,101 @@ def _check_least(least: int, **values: int) -> None:
       raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
-def _initial_state(
-  init: Any, abstract: TrainState, run: Run, seed: int, initial: str | None
-) -> tuple[TrainState, int]:
-  """The newest checkpoint of the run, or a new state; and the steps done."""
-  if run.store.steps():
-    step = run.store.resolve_step(None)
-    if not run.store.can_resume(step):
-      raise ConfigError(
-        f"{run.model_dir} holds imported weights, not a run; train in a new MODEL_DIR "
-        f"with INITIAL_CHECKPOINT_PATH = '{run.model_dir}'"
-      )
-    if step > run.train_steps:
-      raise ConfigError(
-        f"{run.model_dir} is at step {step} already; set TRAIN_STEPS to at least that, "
-        "or use another MODEL_DIR"
-      )
-    saved = run.store.position(step)
-    expected = {**run.position, "next_step": step}
-    changed = sorted(k for k in expected if saved.get(k) != expected[k])
-    if changed:
-      detail = ", ".join(
-        f"{k}: {saved.get(k)} then, {expected[k]} now" for k in changed
-      )
-      raise ConfigError(
-        f"{run.model_dir} holds a run with other data settings ({detail}); restore "
-        "them to resume, or start a new MODEL_DIR with "
-        f"INITIAL_CHECKPOINT_PATH = '{run.model_dir}'"
-      )
-    state = restored_state(run.store, step, abstract)
-    run.console.print(f"resuming from step {step:,}")
-    return state, step
-  key = jax.random.key(seed)
-  if initial is None:
-    return init(key), 0
-  return state_from_checkpoint(init, key, initial, abstract, run.encoder.config), 0
+class _Reports:
+  """Progress lines and TensorBoard points of a run; of its first process only."""
+
+  def __init__(self, run: Run, start: int, exits: contextlib.ExitStack):
+    self._run = run
+    self._progress = exits.enter_context(Progress(run.console, start, run.train_steps))
+    self._writer = None
+    if distributed.is_first():
+      writer = EventWriter(run.model_dir / "tensorboard")
+      self._writer = exits.enter_context(contextlib.closing(writer))
+
+  def interval(self, step: int, values: dict[str, float]) -> None:
+    values["learning_rate"] = float(self._run.learning_rate(step - 1))
+    values["compilations"] = float(self._run.train_step._cache_size())
+    self._write(step, values)
+    self._progress.show(step, values)
+
+  def scores(self, step: int, scores: Mapping[str, float]) -> None:
+    self._write(step, {f"evaluation/{k}": v for k, v in scores.items()})
+    self._progress.note(f"step {step:,}: mean score {scores['mean']:.4f}")
+
+  def _write(self, step: int, values: Mapping[str, float]) -> None:
+    if self._writer is not None:
+      self._writer.scalars(step, values)
 
 
-_METRIC_ORDER = ("similarity", "accuracy", "", "loss", "gradient_norm")
+def _profiler(
+  directory: pathlib.Path,
+  steps: Sequence[int] | None,
+  train_steps: int,
+  console: Console,
+) -> Profiler | None:
+  if steps is None:
+    return None
+  profiler = Profiler(directory / "profile", steps, train_steps, console)
+  return profiler if distributed.is_first() else None
 
 
-def _check_finite(
-  metrics: Mapping[str, float], step: int, task: str, last: int
-) -> None:
-  """Stops on the first metric, in order of computation, that is not finite."""
-
-  def order(name: str) -> tuple[int, str]:
-    prefix = name.split("/")[0]
-    return (_METRIC_ORDER.index(prefix if prefix in _METRIC_ORDER else ""), name)
-
-  for name in sorted(metrics, key=order):
-    if not math.isfinite(metrics[name]):
-      raise TrainingError(
-        f"step {step}, task {task!r}: {name} is {metrics[name]}; stopped. The last "
-        f"saved step is {last}. Lower the learning rate, clip gradients or look at "
-        "the task's data, then run again to resume from there; if that stops at once, "
-        "delete that step to resume from the one before."
-      )
+def _profiled(
+  profiler: Profiler | None, step: int, interval: Interval, last_saved: int
+) -> contextlib.AbstractContextManager[None]:
+  if profiler is None:
+    return contextlib.nullcontext()
+  return profiler.step(step, functools.partial(interval.collect, last_saved))
 
 
-@dataclasses.dataclass
-class _Window:
-  """Sums since the last log line."""
-
-  metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)
-  tokens: int = 0
-  slots: int = 0
-  waited: float = 0.0
-  began: float = dataclasses.field(default_factory=time.monotonic)
-
-  def summary(self, batch_size: int) -> dict[str, float]:
-    seconds = time.monotonic() - self.began
-    count = len(self.metrics)
-    names = self.metrics[0].keys()
-    means = {n: float(np.mean([m[n] for m in self.metrics])) for n in names}
-    return means | {
-      "examples_per_second": count * batch_size / seconds,
-      "tokens_per_second": self.tokens / seconds,
-      "real_token_share": self.tokens / self.slots,
-      "input_wait_share": self.waited / seconds,
-    }
-
-
-def _run_steps(run: Run, state: TrainState, start: int, batches: Any) -> TrainState:
+def _run_steps(
+  run: Run, state: TrainState, start: int, batches: Iterator[reader.StepBatch]
+) -> TrainState:
   """Trains from `start` to the end of the run."""
-  writer = EventWriter(run.model_dir / "tensorboard")
   last_saved = start
-  window = _Window()
-  with (
-    stop_requests() as stop,
-    Progress(run.console, start, run.train_steps) as progress,
-    contextlib.closing(writer),
-  ):
+  interval = Interval(run.batch_size)
+  with contextlib.ExitStack() as exits:
+    signals = exits.enter_context(stop_requests())
+    reports = _Reports(run, start, exits)
+    if run.profiler is not None:
+      exits.callback(run.profiler.close)
     for step in range(start + 1, run.train_steps + 1):
-      asked = time.monotonic()
-      batch = next(batches)
-      window.waited += time.monotonic() - asked
-      pairs = jax.device_put(batch.pairs, run.batch_sharding)
-      with jax.transfer_guard("disallow"):
-        state, on_device = run.train_step(state, pairs)
-        metrics = {k: float(v) for k, v in jax.device_get(on_device).items()}
-      _check_finite(metrics, step, batch.task, last_saved)
-      window.metrics.append(metrics)
-      window.tokens += batch.real_tokens
-      window.slots += batch.pairs.texts.tokens.size
-
       last = step == run.train_steps
-      if step % run.intervals.log == 0 or last:
-        values = window.summary(run.batch_size)
-        values["learning_rate"] = float(run.learning_rate(step - 1))
-        values["compilations"] = float(run.train_step._cache_size())
-        writer.scalars(step, values)
-        progress.show(step, values)
-        window = _Window()
+      logs = last or run.intervals.logs_at(step)
+      evaluates = last or run.intervals.evaluates_at(step)
+      with _profiled(run.profiler, step, interval, last_saved):
+        asked = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - asked
+        interval.waited_for_input(waited)
+        if run.profiler is not None:
+          run.profiler.waited(waited)
+        pairs = place_pairs(batch.pairs, run.mesh)
+        with jax.transfer_guard("disallow"):
+          state, metrics = run.train_step(state, pairs)
+        interval.add(step, batch, metrics)
+
+      # Several processes look up from their steps at logs only, all at the same.
+      asks = logs or jax.process_count() == 1
+      stop = asks and distributed.any_process(bool(signals))
+      saves = last or stop or evaluates or step % run.policy.every_steps == 0
+      # Between these the device computes while the host prepares the next step.
+      interval.collect(last_saved, in_flight=0 if logs or saves else 1)
+      if logs:
+        reports.interval(step, interval.summary())
+        interval = Interval(run.batch_size)
       scores = None
-      if last or (run.intervals.evaluate and step % run.intervals.evaluate == 0):
+      if evaluates:
         evaluating = time.monotonic()
         scores = run.evaluate(state, step)
         if scores is not None:
-          writer.scalars(step, {f"evaluation/{k}": v for k, v in scores.items()})
-          progress.note(f"step {step:,}: mean score {scores['mean']:.4f}")
-        window.began += time.monotonic() - evaluating
-      if last or stop or scores or step % run.policy.every_steps == 0:
+          reports.scores(step, scores)
+        interval.paused(time.monotonic() - evaluating)
+      if saves:
         run.save(state, step, scores)
         last_saved = step
       if stop:
         run.store.wait()
-        raise Stopped(stop[0], step)
+        raise Stopped(signals[0] if signals else signal.SIGTERM, step)
   return state
 
 
@@ -280,8 +264,10 @@ def train(
   intervals: Intervals = Intervals(),
   ema_decay: float | None = None,
   initial_checkpoint_path: str | None = None,
+  microbatch_tokens: int | None = None,
   reader_threads: int = 2,
   reader_workers: int = 0,
+  profile_steps: Sequence[int] | None = None,
   eval_max_length: int | None = None,
   eval_tokens_per_batch: int = 8192,
   operative_gin: str = "",
@@ -303,8 +289,11 @@ def train(
     intervals: How often to log and evaluate.
     ema_decay: Decay of averaged parameters, which then are evaluated and shipped.
     initial_checkpoint_path: A checkpoint whose embedder a new run starts from.
+    microbatch_tokens: Token slots that a device embeds at a time; a batch of more is
+      done by gradient caching. None is as many as its memory holds.
     reader_threads: Threads that read ahead.
     reader_workers: Processes that read ahead; 0 is none.
+    profile_steps: First and last step of a profile; None is none.
     eval_max_length: Tokens a text is cut to in evaluation; None is the longest in
       training.
     eval_tokens_per_batch: Token slots of one evaluation batch.
@@ -340,21 +329,17 @@ def train(
   manifest = cache.manifest(data)
   if manifest is None:
     raise ConfigError("the tasks are not cached; run `embgemma cache` with these flags")
-  console = Console()
+  console = Console(quiet=not distributed.is_first())
   directory = pathlib.Path(model_dir)
+  description = checkpoints.Description(model, data.lengths, prompts.PROMPTS)
+  check_same_model(directory, description)
   mesh = partitioner.mesh()
+  model = on_platform(model, mesh.devices.flat[0].platform)
   embedder = Embedder(model)
   evaluators = suite.evaluators(evaluations or {}, model.matryoshka_widths)
   for evaluator in evaluators:
     evaluator.check()
   vocabulary = SentencePieceVocabulary(manifest.vocabulary)
-  step_fn = TrainStep(
-    embedder,
-    objective,
-    optimizer.build(train_steps),
-    ema_decay,
-    optimizer.trainable,
-  )
   init, abstract = abstract_state(
     embedder,
     objective,
@@ -364,31 +349,40 @@ def train(
     partitioner,
     mesh,
   )
-  shards = data_shards(mesh)
-  sharding = partitioner.batch_sharding(mesh)
-  description = checkpoints.Description(model, data.lengths, prompts.PROMPTS)
-  _check_same_model(directory, description)
   if initial_checkpoint_path is not None and not checkpoints.is_checkpoint(directory):
     initial, step = checkpoints.locate(initial_checkpoint_path)
     CheckpointStore(initial).resolve_step(step)
+  row_lengths = attention.row_lengths(model.transformer, packing.ROW_LENGTHS)
+  if microbatch_tokens is None:
+    microbatch_tokens = fitting_tokens(
+      model,
+      packing.row_length(data.max_length, row_lengths),
+      abstract,
+      device_memory(mesh),
+      optimizer.trainable,
+    )
   run = Run(
     model_dir=directory,
     train_steps=train_steps,
     batch_size=batch_size,
     mesh=mesh,
-    batch_sharding=sharding,
     source=reader.StepSource(
-      manifest.tasks, batch_size, seed, shards, model.transformer.vocab_size
+      manifest.tasks,
+      batch_size,
+      seed,
+      data_shards(mesh),
+      model.transformer.vocab_size,
+      own_shards(mesh),
+      microbatch_tokens,
+      row_lengths,
     ),
     position={
       "seed": seed,
       "batch_size": batch_size,
       "mixture": data.manifest_path().stem,
     },
-    train_step=jax.jit(
-      step_fn,
-      donate_argnums=0,
-      out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
+    train_step=make_train_step(
+      embedder, objective, optimizer, train_steps, mesh, abstract, ema_decay, seed
     ),
     learning_rate=optimizer.schedule.build(train_steps),
     evaluators=evaluators,
@@ -397,19 +391,29 @@ def train(
       vocabulary,
       eval_max_length or data.max_length,
       eval_tokens_per_batch,
-      sharding,
-      shards,
+      mesh,
+      BATCH_AXES,
+      row_lengths,
     ),
     store=CheckpointStore(directory, checkpoint_policy),
     policy=checkpoint_policy,
     intervals=intervals,
+    profiler=_profiler(directory, profile_steps, train_steps, console),
     console=console,
   )
   with contextlib.closing(run.store):
-    state, start = _initial_state(init, abstract, run, seed, initial_checkpoint_path)
-    run.forget_results(start)
-    if not start:
-      checkpoints.write_description(directory, description, vocabulary, operative_gin)
+    done = resume_step(run.store, directory, train_steps, run.position)
+    state = initial_state(
+      run.store, done, init, abstract, model, seed, initial_checkpoint_path
+    )
+    if done is not None:
+      console.print(f"resuming from step {done:,}")
+    start = done or 0
+    if distributed.is_first():
+      run.forget_results(start)
+      if not start:
+        checkpoints.write_description(directory, description, vocabulary, operative_gin)
+    distributed.wait_for_all("description")
     if start in (0, train_steps):
       run.evaluate(state, start)
     began = time.monotonic()
@@ -423,27 +427,6 @@ def train(
     soft_wrap=True,
   )
   return _report(run, "start" if initial_checkpoint_path else "untrained")
-
-
-def _check_same_model(
-  directory: pathlib.Path, description: checkpoints.Description
-) -> None:
-  if not checkpoints.is_checkpoint(directory):
-    return
-  kept, config = checkpoints.read_description(directory).embedder, description.embedder
-  # How the backward pass is computed changes no number that is kept.
-  transformer = dataclasses.replace(config.transformer, remat=kept.transformer.remat)
-  config = dataclasses.replace(config, transformer=transformer)
-  if kept != config:
-    new, old = config.to_json(), kept.to_json()
-    pairs = [(k, old[k], new[k]) for k in new if k != "transformer"]
-    inner_new, inner_old = new["transformer"], old["transformer"]
-    pairs += [(f"transformer.{k}", inner_old[k], inner_new[k]) for k in inner_new]
-    detail = ", ".join(f"{k}: {a} there, {b} here" for k, a, b in pairs if a != b)
-    raise CheckpointError(
-      f"{directory} holds a model of another configuration ({detail}); use another "
-      "MODEL_DIR"
-    )
 
 
 def _report(run: Run, start: str) -> dict[str, suite.TaskResults]:

@@ -1,4 +1,10 @@
-"""The mesh, and which of its axes each logical axis of an array is split over."""
+"""The mesh, and which of its axes each logical axis of an array is split over.
+
+The batch is split over `data` and `fsdp`, the parameters over `fsdp`. A step gathers
+them once, sums gradients on its own device, and splits the sum again once: what it
+sends does not grow with microbatches, and moments stay split (ZeRO, arXiv 1910.02054).
+`tensor` is left to the compiler.
+"""
 
 import dataclasses
 import math
@@ -10,18 +16,20 @@ import numpy as np
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from embgemma.data.packing import PackedPairs
 from embgemma.errors import ConfigError
 from embgemma.typing import PyTree
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 
 # Logical axis -> mesh axis (or axes, or None: whole on every device). Every axis
 # that a parameter names must be here.
 LOGICAL_AXIS_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-  ("batch", ("data", "fsdp")),
-  ("length", None),
   ("layers", None),
-  ("vocab", "tensor"),
+  # Rows of the table, not columns: a few columns of many rows waste a TPU's tiles.
+  ("vocab", ("fsdp", "tensor")),
+  ("table", None),
   ("embed", "fsdp"),
   ("heads", "tensor"),
   ("kv", None),  # Gemma's one key/value head cannot be split by heads
@@ -40,7 +48,7 @@ class Partitioner:
 
   Attributes:
     data: Devices along which only the batch is split; -1 is all that remain.
-    fsdp: Devices along which the batch and the parameters' `embed` axis are split.
+    fsdp: Devices along which the batch, parameters and moments are split.
     tensor: Devices along which heads, mlp and vocabulary are split.
     rules: Logical axis rules.
   """
@@ -135,11 +143,108 @@ class Partitioner:
       spec.append(axes)
     return PartitionSpec(*spec)
 
-  def batch_sharding(self, mesh: Mesh) -> NamedSharding:
-    """Leading axis of every array of a batch, split over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(dict(self.rules)["batch"]))
-
 
 def data_shards(mesh: Mesh) -> int:
   """Parts that a batch is split into."""
-  return mesh.shape["data"] * mesh.shape["fsdp"]
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+  """Bytes of the tree's arrays on one device, by their shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def own_shards(mesh: Mesh) -> list[int]:
+  """Data shards that lie, wholly or in part, on this process's devices."""
+  processes = np.vectorize(lambda device: device.process_index)(mesh.devices)
+  mine = np.any(processes == jax.process_index(), axis=-1)
+  return np.flatnonzero(mine.reshape(-1)).tolist()
+
+
+def manual_axes(mesh: Mesh) -> frozenset[str]:
+  """Mesh axes that a step handles itself; a split `tensor` axis is the compiler's."""
+  return frozenset(a for a in MESH_AXES if a != "tensor" or mesh.shape[a] == 1)
+
+
+def pairs_specs() -> PackedPairs:
+  """How the arrays of a batch are split: a prefix of its tree."""
+  rows = PartitionSpec(BATCH_AXES)
+  return PackedPairs(
+    groups=PartitionSpec(None, BATCH_AXES),
+    slots=rows,
+    query_hash=rows,
+    positive_hash=rows,
+    negative_mask=rows,
+  )
+
+
+def place_pairs(pairs: PackedPairs, mesh: Mesh) -> PackedPairs:
+  """The global batch on the mesh, from what this process's shards hold of it."""
+
+  def place(spec: PartitionSpec, values: PyTree) -> PyTree:
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+      return jax.device_put(values, sharding)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, x), values
+    )
+
+  is_spec = lambda x: isinstance(x, PartitionSpec)
+  return jax.tree.map(place, pairs_specs(), pairs, is_leaf=is_spec)
+
+
+def manual_specs(shardings: PyTree, mesh: Mesh) -> PyTree:
+  """PartitionSpecs over the axes that a step handles itself, of a tree of arrays."""
+  manual = manual_axes(mesh)
+
+  def kept(axes: str | tuple[str, ...] | None) -> tuple[str, ...] | None:
+    flat = (axes,) if isinstance(axes, str) else tuple(axes or ())
+    return tuple(axis for axis in flat if axis in manual) or None
+
+  return jax.tree.map(
+    lambda leaf: PartitionSpec(*map(kept, leaf.sharding.spec)), shardings
+  )
+
+
+def _split_dimension(spec: PartitionSpec) -> int | None:
+  """The dimension that is split over fsdp."""
+  found = [i for i, axes in enumerate(spec) if "fsdp" in (axes or ())]
+  return found[0] if found else None
+
+
+def gather(params: PyTree, specs: PyTree) -> PyTree:
+  """Whole parameters from their parts; inside shard_map.
+
+  Args:
+    params: This device's parts.
+    specs: Of `manual_specs`.
+  """
+
+  def whole(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    dimension = _split_dimension(spec)
+    if dimension is None or jax.lax.axis_size("fsdp") == 1:
+      return x
+    return jax.lax.all_gather(x, "fsdp", axis=dimension, tiled=True)
+
+  return jax.tree.map(whole, params, specs)
+
+
+def sum_gradients(gradients: PyTree, specs: PyTree) -> PyTree:
+  """Gradients summed over the batch, split as the parameters; inside shard_map.
+
+  Args:
+    gradients: Of whole parameters, of this device's part of the batch.
+    specs: Of `manual_specs`.
+  """
+
+  def total(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    dimension = _split_dimension(spec)
+    if dimension is None or jax.lax.axis_size("fsdp") == 1:
+      return jax.lax.psum(x, BATCH_AXES)
+    own = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=dimension, tiled=True)
+    return jax.lax.psum(own, "data")
+
+  return jax.tree.map(total, gradients, specs)

@@ -1,20 +1,24 @@
 """One step of training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from embgemma.data.packing import PackedPairs, split_roles
 from embgemma.losses.objective import Objective, PairBatch
 from embgemma.models.embedder import Embedder
-from embgemma.training.optimizers import join, split_trainable
+from embgemma.training import partitioning
+from embgemma.training.gradient_cache import embed_groups
+from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
+from embgemma.training.partitioning import BATCH_AXES
 from embgemma.training.train_state import TrainState
-from embgemma.typing import Array, Metrics, Params
+from embgemma.typing import Array, Metrics, Params, PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
 class TrainStep:
   """Gradient, clip, update: (state, batch) -> (state, metrics).
 
@@ -22,43 +26,28 @@ class TrainStep:
     model: The embedding function.
     objective: The loss.
     optimizer: Clipping and update rule.
+    mesh: Devices of the step.
+    specs: How the parameters are split over them, see `partitioning.manual_specs`.
     ema_decay: Of the averaged parameters, if the state keeps them.
     trainable: See `OptimizerConfig.trainable`; other parameters and their averages
       leave a step bit for bit as they entered it.
+    seed: Of dropout.
   """
 
   model: Embedder
   objective: Objective
   optimizer: optax.GradientTransformation
+  mesh: Mesh
+  specs: PyTree
   ema_decay: float | None = None
   trainable: Sequence[str] | None = None
-
-  def loss(self, params: Params, pairs: PackedPairs) -> tuple[Array, Metrics]:
-    """The objective at one batch, with its metrics."""
-    embeddings = self.model.embed(params["embedder"], pairs.texts)
-    query, positive, negative = split_roles(
-      embeddings, pairs.texts.num_shards, pairs.query_hash.shape[0]
-    )
-    batch = PairBatch(
-      query=query,
-      positive=positive,
-      negative=negative,
-      negative_mask=pairs.negative_mask,
-      query_hash=pairs.query_hash,
-      positive_hash=pairs.positive_hash,
-    )
-    return self.objective(batch, params["objective"])
+  seed: int = 0
 
   def __call__(
     self, state: TrainState, pairs: PackedPairs
   ) -> tuple[TrainState, Metrics]:
+    gradients, metrics = self.gradients(state.params, pairs, state.step)
     trainable, frozen = split_trainable(state.params, self.trainable)
-
-    def loss(trainable: Params) -> tuple[Array, Metrics]:
-      return self.loss(join(trainable, frozen), pairs)
-
-    # With respect to the trainable alone: the others' gradients are never computed.
-    (_, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
     updates, opt_state = self.optimizer.update(gradients, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
     ema = state.ema
@@ -68,11 +57,112 @@ class TrainStep:
     new_state = TrainState(state.step + 1, params, opt_state, ema)
     return new_state, metrics | gradient_norms(gradients)
 
+  def gradients(
+    self, params: Params, pairs: PackedPairs, step: Array
+  ) -> tuple[Params, Metrics]:
+    """Gradients of the trainable parameters, split as these are, and the metrics."""
+    specs, frozen_specs = split_trainable(self.specs, self.trainable)
+    trainable, frozen = split_trainable(params, self.trainable)
+
+    def on_shard(trainable, frozen, pairs, step):
+      whole = partitioning.gather(trainable, specs)
+      gradients, metrics = self._shard_gradients(
+        whole, partitioning.gather(frozen, frozen_specs), pairs, step
+      )
+      return partitioning.sum_gradients(gradients, specs), metrics
+
+    return jax.shard_map(
+      on_shard,
+      mesh=self.mesh,
+      in_specs=(specs, frozen_specs, partitioning.pairs_specs(), PartitionSpec()),
+      out_specs=(specs, PartitionSpec()),
+      axis_names=partitioning.manual_axes(self.mesh),
+      check_vma=False,  # the objective differentiates shares of the loss
+    )(trainable, frozen, pairs, step)
+
+  def _shard_gradients(
+    self, trainable: Params, frozen: Params, pairs: PackedPairs, step: Array
+  ) -> tuple[Params, Metrics]:
+    """This shard's part of the gradients, and the metrics of the whole batch."""
+    vectors, pullback = embed_groups(
+      self.model,
+      trainable["embedder"],
+      frozen.get("embedder", {}),
+      pairs.groups,
+      self._dropout_key(step),
+    )
+
+    def loss(vectors: Array, params: Params) -> tuple[Array, Metrics]:
+      query, positive, negative = split_roles(
+        vectors, pairs.slots, pairs.query_hash.shape[0]
+      )
+      batch = PairBatch(
+        query=query,
+        positive=positive,
+        negative=negative,
+        negative_mask=pairs.negative_mask,
+        query_hash=pairs.query_hash,
+        positive_hash=pairs.positive_hash,
+      )
+      return self.objective(batch, params, BATCH_AXES)
+
+    (_, metrics), (of_vectors, of_objective) = jax.value_and_grad(
+      loss, argnums=(0, 1), has_aux=True
+    )(vectors, trainable["objective"])
+    gradients = {"embedder": pullback(of_vectors), "objective": of_objective}
+    return gradients, metrics
+
+  def _dropout_key(self, step: Array) -> Array | None:
+    if not self.model.config.transformer.dropout_rate:
+      return None
+    key = jax.random.fold_in(jax.random.key(self.seed), step)
+    return jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
+
   def _averaged(self, trainable: Params, ema: Params, decay: float) -> Params:
     # The average of equal values may round to another one: frozen ones stay out.
     moving, still = split_trainable({"embedder": ema}, self.trainable)
     moved = optax.incremental_update(trainable, moving["embedder"], 1.0 - decay)
     return join({"embedder": moved}, still)["embedder"]
+
+
+def make_train_step(
+  model: Embedder,
+  objective: Objective,
+  optimizer: OptimizerConfig,
+  train_steps: int,
+  mesh: Mesh,
+  abstract: TrainState,
+  ema_decay: float | None = None,
+  seed: int = 0,
+) -> Callable[[TrainState, PackedPairs], tuple[TrainState, Metrics]]:
+  """The jitted step of a run; it donates the state.
+
+  Args:
+    model: The embedding function; its attention suits the mesh's platform.
+    objective: The loss.
+    optimizer: Update rule and schedule.
+    train_steps: Of the run.
+    mesh: Devices of the step, which need not be there to lower and compile it.
+    abstract: The state's shapes and shardings, see `abstract_state`.
+    ema_decay: Of the averaged parameters, if the state keeps them.
+    seed: Of dropout.
+  """
+  step = TrainStep(
+    model,
+    objective,
+    optimizer.build(train_steps),
+    mesh,
+    partitioning.manual_specs(abstract.params, mesh),
+    ema_decay,
+    optimizer.trainable,
+    seed,
+  )
+
+  def train_step(state: TrainState, pairs: PackedPairs) -> tuple[TrainState, Metrics]:
+    return step(state, pairs)  # a function: programs and traces get its name
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def gradient_norms(gradients: Params) -> Metrics:

@@ -1,11 +1,10 @@
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
-from array_record.python import array_record_module
 
-from embgemma.data.cache import CachedTask, Example, encode_example
+from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data.records import Example
 from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models.config import EmbedderConfig, TransformerConfig
 
@@ -39,31 +38,23 @@ def objective() -> Objective:
   return Objective((Nce(widths=(16, 8), temperature=0.5), SpreadOut(widths=(16, 8))))
 
 
-@pytest.fixture
-def make_task(tmp_path: pathlib.Path) -> Callable[..., CachedTask]:
+@pytest.fixture(scope="module")
+def make_task(tmp_path_factory) -> Callable[..., CachedTask]:
   """A cache of random examples, as `cache.build` leaves it."""
 
   def make(name: str, examples: int, negatives: int, seed: int = 0) -> CachedTask:
     rng = np.random.default_rng(seed)
-    directory = tmp_path / name
-    directory.mkdir()
-    writer = array_record_module.ArrayRecordWriter(
-      str(directory / "examples-00000.array_record"), "group_size:1"
-    )
-    for _ in range(examples):
-      # Some examples have fewer negatives than others; lengths are nearly the same,
-      # so that batches have few shapes and compile once or twice.
+
+    def example() -> Example:
+      # Some have fewer negatives than others.
       count = 2 + int(rng.integers(0, negatives + 1))
       lengths = [4, 6, *[3] * (count - 2)]
       tokens = tuple(rng.integers(1, 64, n, dtype=np.int32) for n in lengths)
-      hashes = rng.integers(0, 2**63, count, dtype=np.uint64)
-      writer.write(encode_example(Example(tokens, hashes)))
-    writer.close()
-    statistics = {
-      "examples": examples,
-      "max_token_id": 63,
-      "max_negatives": negatives,
-    }
+      return Example(tokens, rng.integers(0, 2**63, count, dtype=np.uint64))
+
+    directory = tmp_path_factory.mktemp(name)
+    made = (example() for _ in range(examples))
+    statistics = write_examples(directory, made, limits=(8, 8, 8))
     return CachedTask(name, 1.0, directory, statistics)
 
   return make

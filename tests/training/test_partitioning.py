@@ -12,10 +12,16 @@ from embgemma.errors import ConfigError
 from embgemma.models.embedder import Embedder
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import (
+  BATCH_AXES,
   LOGICAL_AXIS_RULES,
   MESH_AXES,
   Partitioner,
   data_shards,
+  gather,
+  manual_axes,
+  manual_specs,
+  own_shards,
+  sum_gradients,
 )
 from embgemma.training.train_state import abstract_state
 
@@ -36,7 +42,7 @@ def test_mesh(partitioner, shape, shards):
   assert mesh.axis_names == MESH_AXES
   assert mesh.devices.shape == shape
   assert data_shards(mesh) == shards
-  assert partitioner.batch_sharding(mesh).shard_shape((16,)) == (16 // shards,)
+  assert own_shards(mesh) == list(range(shards))
 
 
 def test_mesh_of_given_devices():
@@ -99,7 +105,7 @@ def test_axis_claimed_twice():
   with pytest.raises(
     ConfigError, match=r"parameter layer/kernel .*\['tensor'\].*twice"
   ):
-    spec(Partitioner(data=4, tensor=2), boxed((8, 8), "vocab", "mlp"))
+    spec(Partitioner(data=4, tensor=2), boxed((8, 8), "heads", "mlp"))
 
 
 def test_axis_that_the_mesh_does_not_divide():
@@ -137,4 +143,39 @@ def test_golden_shardings(name, partitioner, config, objective):
   if os.environ.get("EMBGEMMA_UPDATE_GOLDEN"):
     lines = (f" {json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(found.items()))
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-  assert found == json.loads(path.read_text())
+  assert json.loads(json.dumps(found)) == json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+  "partitioner",
+  [Partitioner(), Partitioner(data=4, fsdp=2), Partitioner(data=2, fsdp=2, tensor=2)],
+)
+def test_gathered_parameters_and_summed_gradients(partitioner):
+  """Whole parameters on every device; the sum over shards, split as they are."""
+  mesh = partitioner.mesh()
+  tree = {"kernel": boxed((8, 4), "embed", "mlp"), "scale": boxed((3,), None)}
+  shardings = partitioner.state_shardings(tree, mesh)
+  values = {"kernel": np.arange(32.0).reshape(8, 4), "scale": np.arange(3.0)}
+  params = jax.device_put(values, shardings)
+  specs = manual_specs(params, mesh)
+
+  def on_shard(params):
+    whole = gather(params, specs)
+    number = jax.lax.axis_index(BATCH_AXES)
+    return sum_gradients(jax.tree.map(lambda x: x * (1.0 + number), whole), specs)
+
+  summed = jax.jit(
+    jax.shard_map(
+      on_shard,
+      mesh=mesh,
+      in_specs=(specs,),
+      out_specs=specs,
+      axis_names=manual_axes(mesh),
+      check_vma=False,
+    )
+  )(params)
+  shards = data_shards(mesh)
+  for name, value in values.items():
+    expected = value * shards * (shards + 1) / 2
+    np.testing.assert_array_equal(summed[name], expected)
+  assert summed["kernel"].sharding.shard_shape((8, 4))[0] == 8 // partitioner.fsdp

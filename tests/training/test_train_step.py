@@ -7,10 +7,11 @@ import pytest
 
 from embgemma.data.reader import StepSource
 from embgemma.models.embedder import Embedder
+from embgemma.training import partitioning
 from embgemma.training.optimizers import OptimizerConfig, Schedule
-from embgemma.training.partitioning import Partitioner, data_shards
+from embgemma.training.partitioning import Partitioner, data_shards, place_pairs
 from embgemma.training.train_state import abstract_state
-from embgemma.training.train_step import TrainStep, gradient_norms
+from embgemma.training.train_step import TrainStep, gradient_norms, make_train_step
 
 STEPS = 3
 BATCH = 16
@@ -45,19 +46,12 @@ def train(config, objective, task, partitioner, devices, ema_decay=0.9) -> Train
   source = StepSource(
     [task], BATCH, 0, data_shards(mesh), config.transformer.vocab_size
   )
-  step = jax.jit(
-    TrainStep(model, objective, OPTIMIZER.build(STEPS), ema_decay),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, abstract), None),
-    compiler_options=QUICK,
-  )
+  step = make_train_step(model, objective, OPTIMIZER, STEPS, mesh, abstract, ema_decay)
   state = init(jax.random.key(0))
   metrics = []
   for number in range(STEPS):
     batch = source.batch(number)
-    assert batch.pairs.texts.num_shards == data_shards(mesh)
-    pairs = jax.device_put(batch.pairs, partitioner.batch_sharding(mesh))
-    state, values = step(state, pairs)
+    state, values = step(state, place_pairs(batch.pairs, mesh))
     metrics.append(jax.device_get(values))
   return Trained(jax.device_get(state), metrics)
 
@@ -121,8 +115,17 @@ def state(config, objective):
 def test_average_and_gradient_norms(config, objective, make_task, state):
   task = make_task("pairs", examples=16, negatives=1)
   source = StepSource([task], BATCH, 0, 1, config.transformer.vocab_size)
-  pairs = jax.device_put(source.batch(0).pairs)
-  step = TrainStep(Embedder(config), objective, OPTIMIZER.build(STEPS), ema_decay=0.75)
+  mesh = Partitioner().mesh(jax.devices()[:1])
+  _, abstract = build_state(config, objective, keep_ema=True)
+  pairs = place_pairs(source.batch(0).pairs, mesh)
+  step = TrainStep(
+    Embedder(config),
+    objective,
+    OPTIMIZER.build(STEPS),
+    mesh,
+    partitioning.manual_specs(abstract.params, mesh),
+    ema_decay=0.75,
+  )
   new, metrics = jax.jit(step, compiler_options=QUICK)(state, pairs)
 
   jax.tree.map(
@@ -133,8 +136,9 @@ def test_average_and_gradient_norms(config, objective, make_task, state):
     new.params["embedder"],
     new.ema,
   )
-  gradient_fn = jax.jit(jax.grad(step.loss, has_aux=True), compiler_options=QUICK)
-  gradients, _ = gradient_fn(state.params, pairs)
+  gradients, _ = jax.jit(step.gradients, compiler_options=QUICK)(
+    state.params, pairs, state.step
+  )
   squares = {
     jax.tree_util.keystr(path, simple=True, separator="/"): float(
       np.sum(np.asarray(leaf, np.float64) ** 2)

@@ -1,0 +1,171 @@
+"""Gradients of a batch do not depend on how it is cut, over microbatches or devices."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from embgemma.data.packing import split_roles
+from embgemma.data.reader import StepSource
+from embgemma.losses.objective import PairBatch
+from embgemma.models.config import LoraConfig
+from embgemma.models.embedder import Embedder
+from embgemma.training import partitioning
+from embgemma.training.gradient_cache import embed_groups
+from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
+from embgemma.training.partitioning import Partitioner, data_shards
+from embgemma.training.train_state import abstract_state
+from embgemma.training.train_step import TrainStep
+
+BATCH = 512
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def config(config):
+  """Without the remainder of the scan, which doubles what there is to compile."""
+  transformer = dataclasses.replace(config.transformer, num_layers=2)
+  return dataclasses.replace(config, transformer=transformer)
+
+
+@dataclasses.dataclass
+class Computed:
+  gradients: Any
+  metrics: dict[str, float]
+  microbatches: int
+
+
+def compute(config, objective, task, partitioner, devices, microbatch_tokens=None):
+  """Gradients and metrics of one batch on a mesh."""
+  mesh = partitioner.mesh(devices)
+  model = Embedder(config)
+  init, abstract = abstract_state(
+    model, objective, OptimizerConfig(), 1, False, partitioner, mesh
+  )
+  source = StepSource(
+    [task],
+    BATCH,
+    0,
+    data_shards(mesh),
+    config.transformer.vocab_size,
+    microbatch_tokens=microbatch_tokens,
+    row_lengths=(16,),  # short, so that a shard has rows for 32 microbatches
+  )
+  batch = source.batch(0)
+  specs = partitioning.manual_specs(abstract.params, mesh)
+  step = TrainStep(model, objective, OptimizerConfig().build(1), mesh, specs)
+  state = init(jax.random.key(0))
+  gradients, metrics = jax.jit(step.gradients, compiler_options=QUICK)(
+    state.params, partitioning.place_pairs(batch.pairs, mesh), state.step
+  )
+  shapes = batch.pairs.group_shapes(data_shards(mesh))
+  return Computed(
+    jax.device_get(gradients), jax.device_get(metrics), shapes[-1].microbatches
+  )
+
+
+def relative_difference(ours, theirs) -> float:
+  """Of two trees as vectors."""
+  pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True))
+  apart = sum(float(np.sum((np.float64(a) - b) ** 2)) for a, b in pairs)
+  return (apart / sum(float(np.sum(np.float64(b) ** 2)) for _, b in pairs)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def task(make_task):
+  return make_task("pairs", examples=BATCH, negatives=1)
+
+
+@pytest.fixture(scope="module")
+def whole(config, objective, task):
+  """One microbatch on one device."""
+  found = compute(config, objective, task, Partitioner(), jax.devices()[:1])
+  assert found.microbatches == 1
+  return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("microbatches", "data", "fsdp"),
+  [(4, 1, 1), (32, 1, 1), (1, 8, 1), (32, 8, 1), (4, 2, 4)],
+)
+def test_microbatches_and_devices(
+  microbatches, data, fsdp, config, objective, task, whole
+):
+  shards = data * fsdp
+  tokens = int(task.statistics["tokens"] / shards / microbatches)
+  found = compute(
+    config,
+    objective,
+    task,
+    Partitioner(data=data, fsdp=fsdp),
+    jax.devices()[:shards],
+    None if microbatches == 1 else tokens,
+  )
+  assert found.microbatches >= microbatches
+  assert relative_difference(found.gradients, whole.gradients) < 1e-5
+  for name, value in whole.metrics.items():
+    np.testing.assert_allclose(found.metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def roles_loss(objective, vectors, pairs):
+  query, positive, negative = split_roles(
+    vectors, pairs.slots, pairs.query_hash.shape[0]
+  )
+  hashes = (pairs.query_hash, pairs.positive_hash)
+  batch = PairBatch(query, positive, negative, pairs.negative_mask, *hashes)
+  return objective(batch, {})[0]
+
+
+@pytest.mark.parametrize("change", ["none", "lora", "remat", "dropout", "heads only"])
+def test_against_differentiating_all_at_once(change, config, objective, task):
+  """Autodiff of one function that embeds microbatch after microbatch."""
+  transformer = config.transformer
+  lora = trainable = key = None
+  if change == "lora":
+    lora = LoraConfig(rank=2)
+  elif change == "remat":
+    transformer = dataclasses.replace(transformer, remat="full")
+  elif change == "dropout":
+    transformer = dataclasses.replace(transformer, dropout_rate=0.3)
+    key = jax.random.key(5)
+  elif change == "heads only":
+    trainable = ("projection_",)
+  model = Embedder(dataclasses.replace(config, transformer=transformer, lora=lora))
+  init, _ = abstract_state(
+    model, objective, OptimizerConfig(trainable=trainable), 1, False, Partitioner(),
+    Partitioner().mesh(jax.devices()[:1]),
+  )  # fmt: skip
+  params = init(jax.random.key(0)).params
+  if lora is not None:  # B starts at zero, where A has no gradient
+    params = jax.tree.map(lambda x: x + 0.01, params)
+  moving, still = split_trainable(params, trainable)
+  source = StepSource([task], 64, 0, 1, 64, microbatch_tokens=256)
+  pairs = jax.device_put(source.batch(0).pairs)
+  assert pairs.groups[-1].tokens.shape[0] > 1
+
+  def cached(moving):
+    vectors, pull = embed_groups(
+      model, moving["embedder"], still.get("embedder", {}), pairs.groups, key
+    )
+    return pull(jax.grad(lambda v: roles_loss(objective, v, pairs))(vectors))
+
+  def at_once(embedder):
+    whole = join({"embedder": embedder, "objective": {}}, still)["embedder"]
+    parts = []
+    for index, group in enumerate(pairs.groups):
+      for number in range(group.tokens.shape[0]):
+        packed = jax.tree.map(lambda x, n=number: x[n], group)
+        own = key
+        if key is not None:
+          own = jax.random.fold_in(jax.random.fold_in(key, index), number)
+        parts.append(model.embed(whole, packed, None, own))
+    return roles_loss(objective, jnp.concatenate(parts), pairs)
+
+  ours = jax.jit(cached, compiler_options=QUICK)(moving)
+  theirs = jax.jit(jax.grad(at_once), compiler_options=QUICK)(moving["embedder"])
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  assert relative_difference(ours, theirs) < 1e-5
