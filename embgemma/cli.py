@@ -2,13 +2,17 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import pathlib
+import platform
+import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
@@ -40,6 +44,18 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+  group = parser.add_argument_group("several processes (one a host)")
+  group.add_argument(
+    "--multiprocess",
+    action="store_true",
+    help="join the processes that the cluster knows (Cloud TPU, Slurm, GKE, …)",
+  )
+  group.add_argument("--coordinator_address", help="HOST:PORT of the first process")
+  group.add_argument("--process_count", type=int)
+  group.add_argument("--process_index", type=int, help="of this process, from 0")
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="embgemma", description="Train text embedding models in JAX."
@@ -50,11 +66,33 @@ def _parser() -> argparse.ArgumentParser:
   def command(name: str, help_text: str) -> argparse.ArgumentParser:
     return commands.add_parser(name, help=help_text, description=help_text)
 
-  _add_gin_flags(
-    command("train", "train one stage; resumes if MODEL_DIR has checkpoints")
-  )
+  train = command("train", "train one stage; resumes if MODEL_DIR has checkpoints")
+  _add_gin_flags(train)
+  _add_process_flags(train)
   _add_gin_flags(command("cache", "tokenise the tasks of a stage once"))
   _add_gin_flags(command("explain", "show the resolved run before any compute"))
+
+  precompile = command("precompile", "compile a stage's step for devices not at hand")
+  _add_gin_flags(precompile)
+  precompile.add_argument(
+    "--topology",
+    required=True,
+    help="such as v5e:4x4, v5p:4x4x4, v6e:16x16 (needs embgemma[tpu]) or cpu:8; "
+    "several separated by commas",
+  )
+  sizes = precompile.add_mutually_exclusive_group()
+  sizes.add_argument(
+    "--batch_size", help="in place of BATCH_SIZE; several separated by commas"
+  )
+  sizes.add_argument("--batch_per_chip", help="likewise, examples a chip")
+  precompile.add_argument(
+    "--query_tokens", type=int, help="mean of drawn lengths, in place of cached ones"
+  )
+  precompile.add_argument("--passage_tokens", type=int, help="likewise")
+  precompile.add_argument(
+    "--compare", action="store_true", help="one table, a line a step"
+  )
+  precompile.add_argument("--output", help="JSON file for the results")
 
   checkpoint_help = "MODEL_DIR, one of its steps, or a Hugging Face directory"
   embed = command("embed", "embed the lines of a text or JSONL file")
@@ -192,6 +230,12 @@ def _own_stderr() -> Iterator[IO[str]]:
       os.dup2(stderr.fileno(), 2)
 
 
+def _without_process_flags(command_line: Sequence[str]) -> list[str]:
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  _add_process_flags(parser)
+  return parser.parse_known_args(command_line)[1]
+
+
 def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
   """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it."""
   from embgemma.data import cache
@@ -200,8 +244,9 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     return
   print("tokenising the tasks (once)", file=sys.stderr, flush=True)
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+  flags = _without_process_flags(command_line)
   finished = subprocess.run(
-    [sys.executable, "-m", "embgemma", "cache", *command_line], env=environment
+    [sys.executable, "-m", "embgemma", "cache", *flags], env=environment
   )
   if finished.returncode < 0:
     raise DataError(
@@ -210,6 +255,37 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     )
   if finished.returncode:
     raise SystemExit(finished.returncode)
+
+
+def _wait_for_cache(data: Any) -> None:
+  """Returns once the first process has built the caches; it ends with that one."""
+  from embgemma.data import cache
+
+  while cache.manifest(data) is None:
+    time.sleep(1)
+
+
+def _keep_compilations() -> None:
+  """Compiled programs stay on disk, unless JAX's own variable says where or not.
+
+  Programs for CPUs use what the machine has: each kind has a directory of its own.
+  """
+  import jax
+
+  from embgemma.data.tasks import default_cache_dir
+
+  if jax.config.values["jax_compilation_cache_dir"] is None:
+    kind = hashlib.sha256(f"{platform.machine()} {_cpu_features()}".encode())
+    directory = os.path.join(default_cache_dir(), "compiled", kind.hexdigest()[:12])
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def _cpu_features() -> str:
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    return platform.processor()
+  return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _end(signum: int, frame: Any) -> None:
@@ -243,14 +319,25 @@ def _train(
   import gin
 
   from embgemma import gin_config
-  from embgemma.training import loop
+  from embgemma.training import distributed, loop
+  from embgemma.training.distributed import Processes
   from embgemma.training.stopping import Stopped
 
+  processes = Processes(
+    options.coordinator_address, options.process_count, options.process_index
+  )
   _configure(options, bindings)
   arguments = gin_config.train_arguments()
-  _ensure_cached(arguments["data"], command_line)
+  _keep_compilations()
+  if options.multiprocess or processes.count is not None:
+    distributed.initialize(processes)
+  if distributed.is_first():
+    _ensure_cached(arguments["data"], command_line)
+  else:
+    _wait_for_cache(arguments["data"])
   try:
-    loop.train(**arguments, operative_gin=gin.operative_config_str())
+    with distributed.lost_peers():
+      loop.train(**arguments, operative_gin=gin.operative_config_str())
   except Stopped as stopped:
     print(f"embgemma: {stopped}; the same command resumes", file=sys.stderr)
     raise SystemExit(128 + stopped.signum) from None
@@ -264,6 +351,65 @@ def _explain(options: argparse.Namespace, bindings: Sequence[str]) -> None:
 
   _configure(options, bindings)
   explain(**gin_config.train_arguments(allowed=("MODEL_DIR",)), console=Console())
+
+
+def _use_virtual_devices(topologies: Sequence[str]) -> None:
+  """Keeps JAX off accelerators, with as many CPU devices as the largest cpu:N."""
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  counts = [int(n) for n in re.findall(r"\bcpu:(\d+)", ",".join(topologies))]
+  flag = "--xla_force_host_platform_device_count"
+  flags = os.environ.get("XLA_FLAGS", "")
+  if counts and flag not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {flag}={max(counts)}".strip()
+
+
+def _counts(flag: str, value: str) -> list[int]:
+  """Positive numbers separated by commas."""
+  if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+    raise ConfigError(f"--{flag}={value}: write 1024,4096")
+  return [int(number) for number in value.split(",")]
+
+
+def _precompile(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  topologies = options.topology.split(",")
+  _use_virtual_devices(topologies)
+  from rich.console import Console
+
+  from embgemma import gin_config
+  from embgemma.training import precompile, precompile_report
+  from embgemma.training.step_plan import text_lengths
+
+  _configure(options, bindings)
+  per_chip = options.batch_per_chip
+  given = options.batch_size or per_chip
+  flag = "batch_per_chip" if per_chip else "batch_size"
+  counts = _counts(flag, given) if given else []
+  # The number of steps shapes no program.
+  gin_config.set_missing(TRAIN_STEPS=10**6, **({"BATCH_SIZE": 1} if given else {}))
+  unread = gin_config.set_missing_data()
+  arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
+  batch_size = arguments.pop("batch_size")
+  counts = counts or [batch_size]
+  lengths = text_lengths(
+    arguments["data"], options.query_tokens, options.passage_tokens, cached=not unread
+  )
+  costs = precompile.precompile(
+    topologies,
+    lambda topology: [n * topology.devices if per_chip else n for n in counts],
+    lengths.lengths,
+    lambda line: print(line, file=sys.stderr, flush=True),
+    **arguments,
+  )
+  if options.output:
+    values = {"lengths": lengths.name, "steps": [cost.to_json() for cost in costs]}
+    with outputs.new_file(pathlib.Path(options.output)) as file:
+      file.write(json.dumps(values, indent=1).encode() + b"\n")
+  console = Console()
+  if options.compare:
+    precompile_report.print_comparison(costs, lengths.name, console)
+  else:
+    for cost in costs:
+      precompile_report.print_step(cost, lengths.name, console)
 
 
 def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[str]:
@@ -294,6 +440,7 @@ def _embed(options: argparse.Namespace) -> None:
   from embgemma.inference import vector_files
   from embgemma.inference.embedder import CheckpointEmbedder
 
+  _keep_compilations()
   output = pathlib.Path(options.output)
   vector_files.check_name(output)
   embedder = CheckpointEmbedder(
@@ -335,6 +482,7 @@ def _evaluate(options: argparse.Namespace) -> None:
   from embgemma.evaluation.report import results_table
   from embgemma.inference.embedder import CheckpointEmbedder
 
+  _keep_compilations()
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
   )
@@ -471,6 +619,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       _cache(options, bindings)
     elif options.command == "explain":
       _explain(options, bindings)
+    elif options.command == "precompile":
+      _precompile(options, bindings)
     elif options.command == "embed":
       _embed(options)
     elif options.command == "eval":

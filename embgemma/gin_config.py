@@ -185,6 +185,35 @@ def check_required(allowed: Sequence[str] = ()) -> None:
     raise ConfigError(f"these must be given: {flags}")
 
 
+def set_missing(**values: Any) -> None:
+  """Gives macros still at %gin.REQUIRED a value."""
+  for name, value in values.items():
+    if re.search(rf"^{name} = %gin.REQUIRED$", gin.config_str(), re.MULTILINE):
+      gin.parse_config(f"{name} = {value!r}")
+
+
+def set_missing_data() -> bool:
+  """Lets a run without tasks or vocabulary resolve, where nothing of them is read.
+
+  Returns:
+    Whether it has no tasks.
+  """
+
+  def macro(name: str) -> Any:
+    try:
+      return gin.query_parameter(f"{name}/gin.macro.value")
+    except ValueError:
+      return None
+
+  if not macro("VOCABULARY") and not macro("VOCABULARY_SIZE"):
+    gin.parse_config("VOCABULARY_SIZE = 1")
+  declared = "jsonl_tasks" not in str(macro("TASKS")) or macro("JSONL_TASKS")
+  if declared or macro("MODULES"):
+    return False
+  gin.parse_config("TASKS = @builtin_tasks()")
+  return True
+
+
 def resolve(name: str) -> Any:
   """What the configurable of that name returns under the configuration read.
 
@@ -216,9 +245,7 @@ def train_arguments(allowed: Sequence[str] = ()) -> dict[str, Any]:
     ConfigError: a binding is missing or of the wrong kind.
   """
   check_required(allowed)
-  for name in allowed:
-    if re.search(rf"^{name} = %gin.REQUIRED$", gin.config_str(), re.MULTILINE):
-      gin.parse_config(f"{name} = ''")
+  set_missing(**dict.fromkeys(allowed, ""))
   _check_model()
   arguments = resolve("train")
   parameters = inspect.signature(loop_train()).parameters.values()

@@ -123,7 +123,11 @@ def _microbatched(rows: int, length: int, tokens: int | None) -> tuple[int, int]
   most = rows if tokens is None else max(1, tokens // length)
   if rows <= most:
     return 1, rows
-  each = min(range(most, most // 2, -1), key=lambda r: -(-rows // r) * r)
+  sizes = range(most, most // 2, -1)
+  waste = [_multiple(rows, size) - rows for size in sizes]
+  # The largest with next to no padding.
+  bound = max(min(waste), 0.01 * rows)
+  each = next(s for s, w in zip(sizes, waste, strict=True) if w <= bound)
   return -(-rows // each), each
 
 

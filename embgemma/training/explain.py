@@ -10,12 +10,17 @@ from rich.table import Table
 
 from embgemma.data import cache
 from embgemma.data.tasks import DataConfig
-from embgemma.losses.objective import Objective
-from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder
+from embgemma.errors import ConfigError
+from embgemma.training.activation_memory import bytes_per_slot
 from embgemma.training.optimizers import OptimizerConfig, split_trainable
-from embgemma.training.partitioning import Partitioner, data_shards
-from embgemma.training.train_state import abstract_state
+from embgemma.training.partitioning import bytes_per_device
+from embgemma.training.step_plan import (
+  AbstractRun,
+  StepPlan,
+  abstract_run,
+  plan_step,
+  text_lengths,
+)
 from embgemma.typing import PyTree
 
 
@@ -33,68 +38,84 @@ def count(tree: PyTree) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def bytes_per_device(tree: PyTree) -> int:
-  """Bytes of the tree's arrays on one device, by their shardings."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
 def explain(
   *,
-  model: EmbedderConfig,
-  objective: Objective,
   data: DataConfig,
   optimizer: OptimizerConfig,
   train_steps: int,
   batch_size: int,
-  partitioner: Partitioner = Partitioner(),
-  ema_decay: float | None = None,
   console: Console,
-  **unused: Any,
+  **run: Any,
 ) -> None:
   """Prints the resolved run; takes the arguments of `loop.train`.
 
   Raises:
     ConfigError: as `loop.train` does for models, meshes and objectives.
   """
-  del unused
-  objective.check(model.embedding_width)
-  mesh = partitioner.mesh()
-  _, state = abstract_state(
-    Embedder(model),
-    objective,
-    optimizer,
-    train_steps,
-    ema_decay is not None,
-    partitioner,
-    mesh,
+  abstract = abstract_run(
+    jax.devices(), optimizer=optimizer, train_steps=train_steps, **run
   )
-  sizes = Table(title="model", show_header=False)
+  console.print(_model_table(abstract, optimizer))
+  lengths = text_lengths(data)
+  try:
+    plan = plan_step(
+      abstract,
+      None,
+      batch_size,
+      lengths.lengths,
+      data=data,
+      optimizer=optimizer,
+      **run,
+    )
+    console.print(_step_table(plan, lengths.name))
+  except ConfigError as error:
+    # What the run is can be known where it does not fit.
+    console.print(f"a step cannot run here: {error}", highlight=False)
+  console.print(_task_table(data, train_steps, batch_size))
+
+
+def _model_table(run: AbstractRun, optimizer: OptimizerConfig) -> Table:
+  """Parameters, and the memory that a device needs whatever the batch."""
+  state = run.state
+  table = Table(title="model", show_header=False)
   trainable, frozen = split_trainable(state.params, optimizer.trainable)
   counts = parameter_counts(state.params)
   counts |= {"trainable": count(trainable), "frozen": count(frozen)}
   for name, number in counts.items():
-    sizes.add_row(f"parameters: {name}", f"{number:,}")
-  mib = 1 / 2**20
-  params = bytes_per_device(state.params) * mib
-  gradients = bytes_per_device(trainable) * mib
-  optimizer_state = bytes_per_device(state.opt_state) * mib
-  averaged = bytes_per_device(state.ema) * mib
-  for name, size in (
-    ("parameters", params),
-    ("gradients", gradients),
-    ("optimizer state", optimizer_state),
-    ("averaged parameters", averaged),
-    ("sum, without activations", params + gradients + optimizer_state + averaged),
-  ):
-    sizes.add_row(f"memory per device: {name}", f"{size:,.1f} MiB")
-  devices = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-  sizes.add_row("mesh", f"{devices} ({mesh.devices.flat[0].platform})")
-  sizes.add_row("examples per data shard", f"{batch_size / data_shards(mesh):,g}")
-  console.print(sizes)
-  console.print(_task_table(data, train_steps, batch_size))
+    table.add_row(f"parameters: {name}", f"{number:,}")
+  parts = {
+    "parameters": bytes_per_device(state.params),
+    "gradients": bytes_per_device(trainable),
+    "optimizer state": bytes_per_device(state.opt_state),
+    "averaged parameters": bytes_per_device(state.ema),
+  }
+  parts["sum, without activations"] = sum(parts.values())
+  for name, size in parts.items():
+    table.add_row(f"memory per device: {name}", f"{size / 2**20:,.1f} MiB")
+  devices = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+  table.add_row("mesh", f"{devices} ({run.mesh.devices.flat[0].platform})")
+  return table
+
+
+def _step_table(plan: StepPlan, lengths: str) -> Table:
+  """A typical step: what it computes, and in how many microbatches."""
+  table = Table(title="a step", show_header=False)
+  table.add_row("texts", lengths)
+  table.add_row("examples per data shard", f"{plan.batch_size // plan.run.shards:,}")
+  share = plan.tokens / plan.slots
+  table.add_row("tokens", f"{plan.tokens:,} in {plan.slots:,} slots ({share:.1%} real)")
+  table.add_row("model FLOPs", f"{plan.model_flops:.3g}")
+  for group in plan.groups:
+    table.add_row(
+      f"rows of {group.length} on a shard",
+      f"{group.rows} in each of {group.microbatches} microbatches",
+    )
+  largest = max(plan.groups, key=lambda group: group.rows * group.length)
+  size = bytes_per_slot(plan.run.model, largest.length) * largest.rows * largest.length
+  table.add_row(
+    "activations of a microbatch", f"about {size / 2**20:,.0f} MiB per device"
+  )
+  return table
 
 
 def _task_table(data: DataConfig, train_steps: int, batch_size: int) -> Table:

@@ -192,8 +192,7 @@ def place_pairs(pairs: PackedPairs, mesh: Mesh) -> PackedPairs:
       lambda x: jax.make_array_from_process_local_data(sharding, x), values
     )
 
-  is_spec = lambda x: isinstance(x, PartitionSpec)
-  return jax.tree.map(place, pairs_specs(), pairs, is_leaf=is_spec)
+  return jax.tree.map(place, pairs_specs(), pairs)
 
 
 def manual_specs(shardings: PyTree, mesh: Mesh) -> PyTree:
