@@ -17,165 +17,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any
 
-from embgemma import __version__, outputs
+from embgemma import flags, outputs
 from embgemma.errors import ConfigError, DataError, EmbgemmaError
-
-
-def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
-  group = parser.add_argument_group("configuration (as in t5x)")
-  group.add_argument(
-    "--gin_file", action="append", default=[], help="gin file; repeatable, in order"
-  )
-  group.add_argument(
-    "--gin_search_paths",
-    default="",
-    help="directories to look in for gin files, separated by commas",
-  )
-  group.add_argument(
-    "--gin.NAME=VALUE",
-    dest="unused",
-    metavar="",
-    help="override a macro or parameter, e.g. --gin.TRAIN_STEPS=100; repeatable",
-  )
-  group.add_argument(
-    "--on_bad_record",
-    choices=("fail", "skip"),
-    help="what to do with a record that cannot be used (default: fail)",
-  )
-
-
-def _add_process_flags(parser: argparse.ArgumentParser) -> None:
-  group = parser.add_argument_group("several processes (one a host)")
-  group.add_argument(
-    "--multiprocess",
-    action="store_true",
-    help="join the processes that the cluster knows (Cloud TPU, Slurm, GKE, …)",
-  )
-  group.add_argument("--coordinator_address", help="HOST:PORT of the first process")
-  group.add_argument("--process_count", type=int)
-  group.add_argument("--process_index", type=int, help="of this process, from 0")
-
-
-def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog="embgemma", description="Train text embedding models in JAX."
-  )
-  parser.add_argument("--version", action="version", version=__version__)
-  commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-  def command(name: str, help_text: str) -> argparse.ArgumentParser:
-    return commands.add_parser(name, help=help_text, description=help_text)
-
-  train = command("train", "train one stage; resumes if MODEL_DIR has checkpoints")
-  _add_gin_flags(train)
-  _add_process_flags(train)
-  _add_gin_flags(command("cache", "tokenise the tasks of a stage once"))
-  _add_gin_flags(command("explain", "show the resolved run before any compute"))
-
-  precompile = command("precompile", "compile a stage's step for devices not at hand")
-  _add_gin_flags(precompile)
-  precompile.add_argument(
-    "--topology",
-    required=True,
-    help="such as v5e:4x4, v5p:4x4x4, v6e:16x16 (needs embgemma[tpu]) or cpu:8; "
-    "several separated by commas",
-  )
-  sizes = precompile.add_mutually_exclusive_group()
-  sizes.add_argument(
-    "--batch_size", help="in place of BATCH_SIZE; several separated by commas"
-  )
-  sizes.add_argument("--batch_per_chip", help="likewise, examples a chip")
-  precompile.add_argument(
-    "--query_tokens", type=int, help="mean of drawn lengths, in place of cached ones"
-  )
-  precompile.add_argument("--passage_tokens", type=int, help="likewise")
-  precompile.add_argument(
-    "--compare", action="store_true", help="one table, a line a step"
-  )
-  precompile.add_argument("--output", help="JSON file for the results")
-
-  checkpoint_help = "MODEL_DIR, one of its steps, or a Hugging Face directory"
-  embed = command("embed", "embed the lines of a text or JSONL file")
-  embed.add_argument("--checkpoint", required=True, help=checkpoint_help)
-  embed.add_argument("--input", required=True, help="text or .jsonl file, plain or .gz")
-  embed.add_argument("--output", required=True, help=".npy or .parquet")
-  embed.add_argument(
-    "--prompt", default="none", help="name of a prompt, such as query or document"
-  )
-  embed.add_argument("--field", default="text", help="JSONL key that holds the text")
-  embed.add_argument("--dim", type=int, help="Matryoshka width; default is full")
-  embed.add_argument("--max_length", type=int, help="tokens a text is cut to")
-  embed.add_argument("--tokens_per_batch", type=int, default=8192)
-  embed.add_argument("--on_bad_record", choices=("fail", "skip"), default="fail")
-
-  evaluate = command("eval", "evaluate a checkpoint on retrieval and similarity sets")
-  evaluate.add_argument("--checkpoint", required=True, help=checkpoint_help)
-  evaluate.add_argument(
-    "--data",
-    action="append",
-    required=True,
-    metavar="NAME=PATH[:KIND]",
-    help="BEIR folder, JSONL pairs or builtin:TASK; KIND picks prompts (search, qa, "
-    "code, bitext, …) or is sts or pair_classification; repeatable",
-  )
-  evaluate.add_argument("--widths", help="Matryoshka widths, separated by commas")
-  evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
-  evaluate.add_argument("--output", help="JSON file for the results")
-  evaluate.add_argument("--max_length", type=int)
-  evaluate.add_argument("--tokens_per_batch", type=int, default=8192)
-  imported = command("import", "take over weights of another format")
-  imported.add_argument(
-    "--from",
-    dest="source_format",
-    required=True,
-    choices=("hf", "gemma", "t5gemma2"),
-    help="hf: a Hugging Face EmbeddingGemma or Gemma 3 text model; gemma: DeepMind's "
-    "Orbax checkpoint; t5gemma2: both stacks of a T5Gemma 2",
-  )
-  imported.add_argument("--source", required=True, help="directory with the weights")
-  imported.add_argument("--output", required=True, help="MODEL_DIR to make")
-  imported.add_argument(
-    "--tokenizer", help="SentencePiece model, where the source has none"
-  )
-  imported.add_argument("--overwrite", action="store_true", help="replace --output")
-
-  export = command("export", "write a checkpoint for other tools")
-  export.add_argument(
-    "--to",
-    dest="target_format",
-    required=True,
-    choices=("hf", "gguf"),
-    help="hf: a sentence-transformers directory; gguf: a file for llama.cpp",
-  )
-  export.add_argument("--checkpoint", required=True, help=checkpoint_help)
-  export.add_argument("--output", required=True, help="directory, or .gguf file")
-  export.add_argument(
-    "--dtype",
-    default="float32",
-    choices=("float32", "bfloat16", "float16", "q8_0"),
-    help="of the weights; q8_0 is for gguf",
-  )
-  export.add_argument(
-    "--max_length",
-    type=int,
-    help="tokens a text is cut to (hf); default is the longest in training",
-  )
-  export.add_argument("--overwrite", action="store_true", help="replace --output")
-  return parser
-
-
-def _split_gin_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Arguments without --gin.NAME=VALUE, and those as NAME=VALUE."""
-  kept, bindings = [], []
-  for argument in arguments:
-    if argument.startswith("--gin."):
-      binding = argument.removeprefix("--gin.")
-      if "=" not in binding:
-        raise ConfigError(f"{argument}: write --gin.NAME=VALUE")
-      bindings.append(binding)
-    else:
-      kept.append(argument)
-  return kept, bindings
 
 
 def _configure(options: argparse.Namespace, bindings: Sequence[str]) -> None:
@@ -230,12 +73,6 @@ def _own_stderr() -> Iterator[IO[str]]:
       os.dup2(stderr.fileno(), 2)
 
 
-def _without_process_flags(command_line: Sequence[str]) -> list[str]:
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  _add_process_flags(parser)
-  return parser.parse_known_args(command_line)[1]
-
-
 def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
   """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it."""
   from embgemma.data import cache
@@ -244,9 +81,9 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     return
   print("tokenising the tasks (once)", file=sys.stderr, flush=True)
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-  flags = _without_process_flags(command_line)
+  kept = flags.without_process_flags(command_line)
   finished = subprocess.run(
-    [sys.executable, "-m", "embgemma", "cache", *flags], env=environment
+    [sys.executable, "-m", "embgemma", "cache", *kept], env=environment
   )
   if finished.returncode < 0:
     raise DataError(
@@ -608,8 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
   command_line = list(sys.argv[1:] if arguments is None else arguments)
   _quieten_libraries()
   try:
-    kept, bindings = _split_gin_overrides(command_line)
-    options = _parser().parse_args(kept)
+    kept, bindings = flags.split_gin_overrides(command_line)
+    options = flags.parser().parse_args(kept)
     if bindings and not hasattr(options, "gin_file"):
       raise ConfigError(f"`embgemma {options.command}` takes no --gin flags")
     if options.command == "train":

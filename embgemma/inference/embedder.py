@@ -19,8 +19,9 @@ from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError, DataError
 from embgemma.interop import conversion
 from embgemma.losses.matryoshka import truncate
+from embgemma.models import attention
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder
+from embgemma.models.embedder import Embedder, on_platform
 from embgemma.typing import Float, Int, PackedTexts, Params
 
 # Texts sorted by length together: enough to pack well, few enough to hold.
@@ -42,7 +43,7 @@ class TextEncoder:
     tokens_per_batch: Token slots of one device call, over all devices.
     mesh: None is one device.
     batch_axes: Of the mesh, over which texts are split.
-    row_lengths: That batches may use.
+    row_lengths: That batches may use, if the attention of these devices takes them.
   """
 
   def __init__(
@@ -65,11 +66,13 @@ class TextEncoder:
         f"the vocabulary has {vocabulary.size} pieces, the model's table "
         f"{config.transformer.vocab_size} rows; they do not belong together"
       )
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    config = on_platform(config, device.platform)
     self.config = config
     self.max_length = max_length
     self._vocabulary = vocabulary
     self._tokens_per_batch = tokens_per_batch
-    self._row_lengths = row_lengths
+    self._row_lengths = attention.row_lengths(config.transformer, row_lengths)
     self._sharding = None
     self._num_shards = 1
     embed = Embedder(config).embed

@@ -1,6 +1,7 @@
 """How many token slots a microbatch may have, from the memory of a device."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def bytes_per_slot(config: EmbedderConfig, length: int) -> float:
   return kept * _WORKING_SHARE
 
 
+@functools.cache  # tracing a large model takes seconds
 def _kept_bytes(config: EmbedderConfig, length: int) -> float:
   def pullback(params: PyTree, packed: PackedTexts):
     return jax.vjp(lambda p: Embedder(config).embed(p, packed), params)[1]

@@ -393,7 +393,6 @@ def train(
       eval_tokens_per_batch,
       mesh,
       BATCH_AXES,
-      row_lengths,
     ),
     store=CheckpointStore(directory, checkpoint_policy),
     policy=checkpoint_policy,
@@ -421,8 +420,8 @@ def train(
       batches = reader.read_batches(run.source, start, reader_threads, reader_workers)
       _run_steps(run, state, start, batches)
   console.print(
-    f"trained to step {train_steps:,} in {duration(time.monotonic() - began)}: "
-    f"{directory}",
+    f"trained to step {train_steps:,} in {duration(time.monotonic() - began)}, "
+    f"{run.train_step._cache_size()} shapes compiled: {directory}",
     highlight=False,
     soft_wrap=True,
   )

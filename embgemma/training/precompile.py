@@ -169,9 +169,7 @@ def abstract_batch(plan: StepPlan) -> PackedPairs:
       leaves,
     )
 
-  specs = partitioning.pairs_specs()
-  is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-  return jax.tree.map(placed, specs, pairs, is_leaf=is_spec)
+  return jax.tree.map(placed, partitioning.pairs_specs(), pairs)
 
 
 def _compiled(traced: Any, topology: Topology, devices: int) -> tuple[Memory, HloCosts]:

@@ -93,17 +93,17 @@ def alone(launch, workspace):
   return losses(model_dir)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_as_many_processes(count, launch, workspace, alone):
+def test_processes_that_evaluate(launch, workspace, alone):
   plain = workspace.root / "plain.jsonl"
-  model_dir = workspace.root / "processes" / str(count)
-  launch.finish(model_dir, count, f"--gin.EVALUATIONS={{'plain': '{plain}'}}")
+  model_dir = workspace.root / "processes" / "two"
+  launch.finish(model_dir, 2, f"--gin.EVALUATIONS={{'plain': '{plain}'}}")
   found = losses(model_dir)
   assert sorted(found) == [1, 2, 3]
   assert found == pytest.approx({s: alone[s] for s in found}, rel=1e-5)
 
 
 def test_another_number_of_processes_goes_on(launch, workspace, alone):
+  """Two, four, then one: each with the losses of one from the start."""
   model_dir = workspace.root / "processes" / "changing"
   for part, count in enumerate((2, 4, 1), start=1):
     more = ("--gin.Partitioner.fsdp=2",) if count == 4 else ()

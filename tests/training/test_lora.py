@@ -17,13 +17,14 @@ from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models import lora
 from embgemma.models.config import LoraConfig
 from embgemma.models.embedder import Embedder
+from embgemma.training import partitioning
 from embgemma.training.optimizers import (
   OptimizerConfig,
   Schedule,
   join,
   split_trainable,
 )
-from embgemma.training.partitioning import Partitioner, data_shards
+from embgemma.training.partitioning import Partitioner, data_shards, place_pairs
 from embgemma.training.train_state import (
   abstract_state,
   restored_state,
@@ -86,6 +87,8 @@ class Setup:
       model,
       self.objective,
       self.optimizer.build(STEPS),
+      self.mesh,
+      partitioning.manual_specs(self.abstract.params, self.mesh),
       self.ema_decay,
       self.optimizer.trainable,
     )
@@ -103,8 +106,7 @@ class Setup:
     shards = data_shards(self.mesh)
     vocab_size = self.config.transformer.vocab_size
     source = StepSource([task], BATCH, 0, shards, vocab_size)
-    sharding = self.partitioner.batch_sharding(self.mesh)
-    return [jax.device_put(source.batch(n).pairs, sharding) for n in range(STEPS)]
+    return [place_pairs(source.batch(n).pairs, self.mesh) for n in range(STEPS)]
 
   def train(self, task):
     """The first and the last state, on the host, and the metrics of the last step."""
