@@ -1,11 +1,13 @@
 """Gemma 3 building blocks: norm, linear map, feed-forward, attention, block."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from embgemma.models import attention, lora
 from embgemma.models.attention import AttentionInputs
@@ -16,6 +18,31 @@ from embgemma.typing import Array, ArrayLike, DTypeLike, Float
 # Norms keep the scale of the residual branches, so plain fan-in scaling serves
 # at every depth.
 kernel_init = nn.initializers.lecun_normal()
+
+
+def _from_inputs(
+  function: Callable[..., Array], **options: Any
+) -> Callable[..., Array]:
+  """The elementwise function with a gradient computed from its inputs alone.
+
+  What autodiff would keep of it is several times its inputs, and elementwise work is
+  bound by memory: computing it again is faster than writing and reading that.
+  """
+  return jax.checkpoint(function, **options)
+
+
+@functools.partial(_from_inputs, static_argnums=2)
+def _rms_norm(
+  x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float
+) -> Float[Array, "... D"]:
+  y = x.astype(jnp.float32)
+  y = y * (jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon) ** -0.5
+  return (y * (1.0 + scale)).astype(x.dtype)
+
+
+@_from_inputs
+def _gated(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Array:
+  return nn.gelu(gate, approximate=True) * up
 
 
 class RMSNorm(nn.Module):
@@ -38,9 +65,7 @@ class RMSNorm(nn.Module):
       (x.shape[-1],),
       jnp.float32,
     )
-    y = x.astype(jnp.float32)
-    y = y * (jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) ** -0.5
-    return (y * (1.0 + scale)).astype(x.dtype)
+    return _rms_norm(x, scale, self.epsilon)
 
 
 class Linear(nn.Module):
@@ -72,8 +97,43 @@ class Linear(nn.Module):
     return y + self._multiply(self._multiply(x, a), b)
 
   def _multiply(self, x: Array, matrix: ArrayLike) -> Array:
-    dimensions = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, jnp.asarray(matrix, self.dtype), dimensions)
+    return _product(x, jnp.asarray(matrix, self.dtype))
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "... I"], matrix: Float[Array, "I O"]) -> Array:
+  """The product over the last axis of x.
+
+  Autodiff would take the matrix's gradient as (y'T x)T, for which XLA's CPU backend
+  writes y' down a second time, transposed, with the elementwise work that makes it.
+  Here the narrower of x and y' is the one transposed.
+  """
+  return jax.lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _product_forward(x, matrix):
+  # Of what is not differentiated nothing is kept, and no gradient computed.
+  kept = (x.value if matrix.perturbed else None, matrix.value if x.perturbed else None)
+  return _product(x.value, matrix.value), kept
+
+
+def _product_backward(kept, dy):
+  x, matrix = kept
+  if isinstance(dy, SymbolicZero):
+    dy = jnp.zeros(dy.shape, dy.dtype)
+  leading = tuple(range(dy.ndim - 1))
+  over_rows = ((leading, leading), ((), ()))
+  dx = dmatrix = None
+  if matrix is not None:
+    dx = jax.lax.dot_general(dy, matrix, (((dy.ndim - 1,), (1,)), ((), ())))
+  if x is not None and x.shape[-1] <= dy.shape[-1]:
+    dmatrix = jax.lax.dot_general(x, dy, over_rows)
+  elif x is not None:
+    dmatrix = jax.lax.dot_general(dy, x, over_rows).T
+  return dx, dmatrix
+
+
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 def linear(features: int, axes: tuple[str, str], dtype: DTypeLike, name: str) -> Linear:
@@ -122,8 +182,7 @@ class FeedForward(nn.Module):
     dtype = jnp.dtype(cfg.dtype)
     gate = linear(cfg.mlp_width, ("embed", "mlp"), dtype, "gate")(x)
     up = linear(cfg.mlp_width, ("embed", "mlp"), dtype, "up")(x)
-    hidden = nn.gelu(gate, approximate=True) * up
-    return linear(cfg.width, ("mlp", "embed"), dtype, "down")(hidden)
+    return linear(cfg.width, ("mlp", "embed"), dtype, "down")(_gated(gate, up))
 
 
 class Block(nn.Module):

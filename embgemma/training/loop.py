@@ -210,7 +210,7 @@ def _run_steps(
     for step in range(start + 1, run.train_steps + 1):
       last = step == run.train_steps
       logs = last or run.intervals.logs_at(step)
-      evaluates = last or run.intervals.evaluates_at(step)
+      evaluates = run.evaluators and (last or run.intervals.evaluates_at(step))
       with _profiled(run.profiler, step, interval, last_saved):
         asked = time.monotonic()
         batch = next(batches)
