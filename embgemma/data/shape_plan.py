@@ -126,7 +126,7 @@ def _microbatched(rows: int, length: int, tokens: int | None) -> tuple[int, int]
   sizes = range(most, most // 2, -1)
   waste = [_multiple(rows, size) - rows for size in sizes]
   # The largest with next to no padding.
-  bound = max(min(waste), 0.01 * rows)
+  bound = max(min(waste), 0.02 * rows)
   each = next(s for s, w in zip(sizes, waste, strict=True) if w <= bound)
   return -(-rows // each), each
 

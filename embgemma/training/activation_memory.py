@@ -22,6 +22,9 @@ from embgemma.typing import PackedTexts, PyTree
 _WORKING_SHARE = 1.5
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 _USABLE_SHARE = 0.9
+# Of a CPU's activations: to write more new pages costs what embedding twice does
+# (docs/performance.md).
+_CPU_BYTES = 2 * 2**30
 _ROWS = 8
 
 
@@ -106,7 +109,10 @@ def fitting_tokens(
   held = bytes_per_device(abstract) + 4 * _elements(gradients)
   if any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(abstract)):
     held += 4 * _elements(abstract.params)  # gathered for the step
-  return microbatch_tokens(config, row_length, _USABLE_SHARE * device_bytes - held)
+  left = _USABLE_SHARE * device_bytes - held
+  if abstract.step.sharding.mesh.devices.flat[0].platform == "cpu":
+    left = min(left, _CPU_BYTES)
+  return microbatch_tokens(config, row_length, left)
 
 
 def _elements(tree: PyTree) -> int:
