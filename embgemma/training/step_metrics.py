@@ -56,12 +56,8 @@ class Interval:
   _waited: float = 0.0
   _began: float = dataclasses.field(default_factory=time.monotonic)
 
-  @property
-  def waited(self) -> float:
-    """Seconds that the device had to wait for input."""
-    return self._waited
-
   def waited_for_input(self, seconds: float) -> None:
+    """Time in which a step had no batch yet."""
     self._waited += seconds
 
   def paused(self, seconds: float) -> None:
