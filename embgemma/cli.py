@@ -74,7 +74,10 @@ def _own_stderr() -> Iterator[IO[str]]:
 
 
 def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
-  """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it."""
+  """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it.
+
+  That process ends with this one, however it is stopped short of SIGKILL.
+  """
   from embgemma.data import cache
 
   if cache.manifest(data) is not None:
@@ -82,16 +85,26 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
   print("tokenising the tasks (once)", file=sys.stderr, flush=True)
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   kept = flags.without_process_flags(command_line)
-  finished = subprocess.run(
-    [sys.executable, "-m", "embgemma", "cache", *kept], env=environment
-  )
-  if finished.returncode < 0:
+  command = [sys.executable, "-m", "embgemma", "cache", *kept]
+  # Here nothing swallows an exception, and something is to be undone.
+  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end}
+  previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
+  # In a group of its own a terminal's Ctrl-C reaches it through this process alone.
+  process = subprocess.Popen(command, env=environment, process_group=0)
+  try:
+    code = process.wait()
+  finally:
+    process.terminate()
+    process.wait()
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
+  if code < 0:
     raise DataError(
-      f"caching was killed by signal {-finished.returncode} (9: perhaps out of "
-      "memory); complete caches are kept, the same command goes on from there"
+      f"caching was killed by signal {-code} (9: perhaps out of memory); complete "
+      "caches are kept, the same command goes on from there"
     )
-  if finished.returncode:
-    raise SystemExit(finished.returncode)
+  if code:
+    raise SystemExit(code)
 
 
 def _wait_for_cache(data: Any) -> None:
@@ -453,6 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
       with _leaving_at_once():
         _train(options, bindings, command_line[1:])
     elif options.command == "cache":
+      signal.signal(signal.SIGTERM, _end)
       _cache(options, bindings)
     elif options.command == "explain":
       _explain(options, bindings)

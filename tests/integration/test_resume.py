@@ -116,14 +116,33 @@ def test_reading_processes_end_with_the_run(signum, training, tmp_path):
   pytest.fail(f"{started} outlive the run")
 
 
-@pytest.mark.parametrize("seconds", [0.5, 1.0, 1.5])
-def test_interrupting_before_the_first_step(seconds, training, tmp_path):
+def importing(process, log: pathlib.Path) -> bool:
+  """Whether JAX's library is being loaded; the log is still empty."""
+  del log
+  return "jaxlib" in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def tokenising(process, log: pathlib.Path) -> bool:
+  del process
+  return "tokenising" in log.read_text()
+
+
+@pytest.mark.parametrize(
+  ("moment", "printed"),
+  [(importing, ""), (tokenising, "tokenising the tasks (once)\n")],
+)
+def test_interrupting_before_the_first_step(moment, printed, training, tmp_path):
   model_dir = tmp_path / "run"
-  process = training.start(model_dir)
-  time.sleep(seconds)
+  log = model_dir.with_suffix(".log")
+  cache = tmp_path / "cache"
+  process = training.start(model_dir, f"--gin.CACHE_DIR='{cache}'")
+  while not moment(process, log):
+    assert process.poll() is None, log.read_text()
+    time.sleep(0.01)
   process.send_signal(signal.SIGINT)
   assert process.wait(60) == 130
-  assert model_dir.with_suffix(".log").read_text() == "embgemma: interrupted\n"
+  assert log.read_text() == f"{printed}embgemma: interrupted\n"
+  assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
 def test_killed_at_random_moments(training, whole, tmp_path):
