@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from embgemma import flags, outputs
@@ -86,18 +86,10 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   kept = flags.without_process_flags(command_line)
   command = [sys.executable, "-m", "embgemma", "cache", *kept]
-  # Here nothing swallows an exception, and something is to be undone.
-  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _end}
-  previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
   # In a group of its own a terminal's Ctrl-C reaches it through this process alone.
   process = subprocess.Popen(command, env=environment, process_group=0)
-  try:
+  with _handling((signal.SIGINT, signal.SIGTERM), _ending_with(process)):
     code = process.wait()
-  finally:
-    process.terminate()
-    process.wait()
-    for signum, handler in previous.items():
-      signal.signal(signum, handler)
   if code < 0:
     raise DataError(
       f"caching was killed by signal {-code} (9: perhaps out of memory); complete "
@@ -105,6 +97,23 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     )
   if code:
     raise SystemExit(code)
+
+
+def _ending_with(process: subprocess.Popen[bytes]) -> Callable[[int, Any], None]:
+  """A handler that ends a child and then this process."""
+
+  def end(signum, frame):
+    del frame
+    process.terminate()
+    with contextlib.suppress(ChildProcessError):
+      deadline = time.monotonic() + 10
+      while os.waitpid(process.pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+          process.kill()
+        time.sleep(0.05)
+    _leave(signum)
+
+  return end
 
 
 def _wait_for_cache(data: Any) -> None:
@@ -144,23 +153,25 @@ def _end(signum: int, frame: Any) -> None:
   raise SystemExit(128 + signum)
 
 
-@contextlib.contextmanager
-def _leaving_at_once() -> Iterator[None]:
-  """Ends on Ctrl-C wherever training does not listen: there is nothing to save.
+def _leave(signum: int, frame: Any = None) -> None:
+  """Ends at once: there is nothing to save.
 
-  Python's own handler raises, which imports and callbacks of libraries swallow.
+  What Python's own handler raises is swallowed by imports and callbacks of libraries.
   """
-
-  def leave(signum, frame):
-    del frame
+  del frame
+  if signum == signal.SIGINT:
     os.write(2, b"embgemma: interrupted\n")
-    os._exit(128 + signum)
+  os._exit(128 + signum)
 
-  previous = signal.signal(signal.SIGINT, leave)
+
+@contextlib.contextmanager
+def _handling(signums: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
+  previous = {signum: signal.signal(signum, handler) for signum in signums}
   try:
     yield
   finally:
-    signal.signal(signal.SIGINT, previous)
+    for signum, earlier in previous.items():
+      signal.signal(signum, earlier)
 
 
 def _train(
@@ -463,7 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if bindings and not hasattr(options, "gin_file"):
       raise ConfigError(f"`embgemma {options.command}` takes no --gin flags")
     if options.command == "train":
-      with _leaving_at_once():
+      # Ctrl-C wherever training does not listen.
+      with _handling((signal.SIGINT,), _leave):
         _train(options, bindings, command_line[1:])
     elif options.command == "cache":
       signal.signal(signal.SIGTERM, _end)
