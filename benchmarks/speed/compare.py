@@ -9,7 +9,8 @@ and drift: ratios of neighbouring turns are what counts, on a machine that does 
 else. PAIRS below stands for JSONL files of pairs, queries of 10-20 and passages of
 100-250 tokens; a vocabulary of the preset's size is trained on them.
 
-Training, plain and with gradient caching against the cached loss:
+Training, plain and against the cached loss. Gradient caching is exact: ours takes as
+many microbatches as a run does by itself, unless told how large they are.
     compare.py train --preset=mini --batch=128 --pairs PAIRS --json=mini.json
     compare.py train --preset=small --batch=64 --pairs PAIRS --json=small.json
     compare.py train --preset=mini --batch=512 --cached --pairs PAIRS --json=a.json
@@ -93,7 +94,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
   """Training steps of both sides in turn."""
   folder, _ = prepare.prepare(options)
   ours, theirs = _workers(options, folder)
-  ours("begin_training", batch=options.batch, microbatch_tokens=_microbatch(options))
+  tokens = options.microbatch_tokens
+  ours("begin_training", batch=options.batch, microbatch_tokens=tokens)
   candidates = options.mini_batch if options.cached else [None]
   theirs("begin_training", batch=options.batch, mini_batch=candidates[0])
   agreement = _losses_agree(ours, theirs, _spec(folder), options)
@@ -163,14 +165,15 @@ def feed(options: argparse.Namespace) -> dict[str, Any]:
   """Steps a second of the input pipeline alone, and of training."""
   folder, _ = prepare.prepare(options)
   ours = Worker("ours", folder, _environment(options))
-  ours("begin_training", batch=options.batch, microbatch_tokens=_microbatch(options))
+  tokens = options.microbatch_tokens
+  ours("begin_training", batch=options.batch, microbatch_tokens=tokens)
   ours("train", steps=options.batches)
   consumed = options.batches / ours("train", steps=options.batches)["seconds"]
   read = ours(
     "read",
     files=[os.path.abspath(file) for file in options.pairs],
     batch=options.batch,
-    microbatch_tokens=_microbatch(options),
+    microbatch_tokens=tokens,
     seconds=options.seconds,
   )
   produced = read["steps_per_second"]
@@ -190,7 +193,7 @@ def largest(options: argparse.Namespace) -> dict[str, Any]:
     folder, _ = prepare.prepare(sized)
     ours = Worker("ours", folder, _environment(options))
     try:
-      tokens = _microbatch(options)
+      tokens = options.microbatch_tokens
       ours("begin_training", batch=batch, microbatch_tokens=tokens)
       ours("train", steps=1)
       found = ours("train", steps=1)
@@ -226,11 +229,6 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 def _workers(options: argparse.Namespace, folder: pathlib.Path) -> list[Worker]:
   environment = _environment(options)
   return [Worker(side, folder, environment) for side in ("ours", "theirs")]
-
-
-def _microbatch(options: argparse.Namespace) -> int | None:
-  cached = options.cached or options.mode == "largest"
-  return options.microbatch_tokens if cached else None
 
 
 def _losses_agree(
@@ -300,7 +298,7 @@ def _header(options: argparse.Namespace) -> dict[str, Any]:
     **{name: getattr(options, name) for name in shown},
     "texts": options.texts if options.mode == "embed" else None,
     "device": options.device,
-    "microbatch_tokens": _microbatch(options),
+    "microbatch_tokens": options.microbatch_tokens,
   }
 
 
@@ -337,8 +335,8 @@ def _parser() -> argparse.ArgumentParser:
   add("--query_tokens", type=_span, default=(10, 20), help="kept, or drawn: LOW-HIGH")
   add("--passage_tokens", type=_span, default=(100, 250), help="likewise")
   add("--max_tokens", type=int, default=256, help="of a text, beyond which it is cut")
-  add("--cached", action="store_true", help="gradient caching on both sides")
-  add("--microbatch_tokens", type=int, default=8192, help="ours, cached: token slots")
+  add("--cached", action="store_true", help="theirs by its cached loss")
+  add("--microbatch_tokens", type=int, help="ours; default: what a run takes by itself")
   add("--mini_batch", type=int, nargs="*", default=[32, 64], help="theirs, cached")
   add("--no_spread_out", action="store_true", help="contrastive loss alone")
   add("--texts", choices=("passages", "mixed"), default="passages", help="embed: which")

@@ -25,7 +25,7 @@ from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models import attention
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import Embedder, init_params
-from embgemma.training import partitioning
+from embgemma.training import activation_memory, partitioning
 from embgemma.training.flops import forward_flops
 from embgemma.training.optimizers import OptimizerConfig, Schedule
 from embgemma.training.partitioning import Partitioner
@@ -65,14 +65,20 @@ class Ours:
     pairs = workload.Pairs.load(self._folder / "pairs.npz")
     self._batches = pairs.batches(batch)
     lengths = np.array([[len(text) for text in column] for column in pairs.columns]).T
-    self._plan = shape_plan.plan_shapes(
-      lengths, batch, microbatch_tokens=microbatch_tokens
-    )
     mesh = Partitioner(data=1).mesh([self._device])
     optimizer = self._optimizer()
     model, objective = Embedder(self._config), self._objective()
     init, abstract = abstract_state(
       model, objective, optimizer, _STEPS, False, Partitioner(data=1), mesh
+    )
+    if microbatch_tokens is None:
+      longest = packing.row_length(int(lengths.max()))
+      memory = activation_memory.device_memory(mesh)
+      microbatch_tokens = activation_memory.fitting_tokens(
+        self._config, longest, abstract, memory
+      )
+    self._plan = shape_plan.plan_shapes(
+      lengths, batch, microbatch_tokens=microbatch_tokens
     )
     state = init(jax.random.key(0))
     weights = jax.tree.map(
