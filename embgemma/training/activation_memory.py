@@ -22,9 +22,10 @@ from embgemma.typing import PackedTexts, PyTree
 _WORKING_SHARE = 1.5
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 _USABLE_SHARE = 0.9
-# Of a CPU's activations: to write more new pages costs what embedding twice does
-# (docs/performance.md).
-_CPU_BYTES = 2 * 2**30
+# Of a CPU's microbatch: writing more new pages costs more than embedding twice, and
+# from some tokens on products are as fast as they get (docs/performance.md).
+_CPU_BYTES = 2**29
+_CPU_TOKENS = 2048
 _ROWS = 8
 
 
@@ -98,6 +99,8 @@ def fitting_tokens(
 ) -> int:
   """`microbatch_tokens` of a device that also holds its part of a training state.
 
+  On CPU fewer, where that is faster.
+
   Args:
     config: Of the model.
     row_length: The longest rows.
@@ -109,10 +112,11 @@ def fitting_tokens(
   held = bytes_per_device(abstract) + 4 * _elements(gradients)
   if any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(abstract)):
     held += 4 * _elements(abstract.params)  # gathered for the step
-  left = _USABLE_SHARE * device_bytes - held
-  if abstract.step.sharding.mesh.devices.flat[0].platform == "cpu":
-    left = min(left, _CPU_BYTES)
-  return microbatch_tokens(config, row_length, left)
+  most = microbatch_tokens(config, row_length, _USABLE_SHARE * device_bytes - held)
+  if abstract.step.sharding.mesh.devices.flat[0].platform != "cpu":
+    return most
+  quick = min(_CPU_TOKENS, int(_CPU_BYTES / bytes_per_slot(config, row_length)))
+  return min(most, max(quick, row_length))
 
 
 def _elements(tree: PyTree) -> int:
