@@ -92,7 +92,9 @@ def parser() -> argparse.ArgumentParser:
   embed.add_argument("--field", default="text", help="JSONL key that holds the text")
   embed.add_argument("--dim", type=int, help="Matryoshka width; default is full")
   embed.add_argument("--max_length", type=int, help="tokens a text is cut to")
-  embed.add_argument("--tokens_per_batch", type=int, default=8192)
+  embed.add_argument(
+    "--tokens_per_batch", type=int, help="token slots that a device embeds at once"
+  )
   embed.add_argument("--on_bad_record", choices=("fail", "skip"), default="fail")
 
   evaluate = command("eval", "evaluate a checkpoint on retrieval and similarity sets")
@@ -109,7 +111,9 @@ def parser() -> argparse.ArgumentParser:
   evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
   evaluate.add_argument("--output", help="JSON file for the results")
   evaluate.add_argument("--max_length", type=int)
-  evaluate.add_argument("--tokens_per_batch", type=int, default=8192)
+  evaluate.add_argument(
+    "--tokens_per_batch", type=int, help="token slots that a device embeds at once"
+  )
   imported = command("import", "take over weights of another format")
   imported.add_argument(
     "--from",

@@ -21,13 +21,14 @@ from embgemma.interop import conversion
 from embgemma.losses.matryoshka import truncate
 from embgemma.models import attention
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, on_platform
+from embgemma.models.embedder import CPU_TOKENS, Embedder, on_platform
 from embgemma.typing import Float, Int, PackedTexts, Params
 
 # Texts sorted by length together: enough to pack well, few enough to hold.
 WINDOW = 16_384
 _SAMPLE = 1024  # texts of a window that its row lengths are chosen from
 _IN_FLIGHT = 2  # device calls that are waited for
+_ACCELERATOR_TOKENS = 8192
 
 
 class TextEncoder:
@@ -40,7 +41,7 @@ class TextEncoder:
     config: Of the model.
     vocabulary: Of the model.
     max_length: Tokens after which a text is cut, BOS and EOS included.
-    tokens_per_batch: Token slots of one device call, over all devices.
+    tokens_per_batch: Token slots of one device's part of a call; None is what suits it.
     mesh: None is one device.
     batch_axes: Of the mesh, over which texts are split.
     row_lengths: That batches may use, if the attention of these devices takes them.
@@ -51,7 +52,7 @@ class TextEncoder:
     config: EmbedderConfig,
     vocabulary: SentencePieceVocabulary,
     max_length: int,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
     mesh: Mesh | None = None,
     batch_axes: tuple[str, ...] = (),
     row_lengths: Sequence[int] = packing.ROW_LENGTHS,
@@ -71,7 +72,10 @@ class TextEncoder:
     self.config = config
     self.max_length = max_length
     self._vocabulary = vocabulary
-    self._tokens_per_batch = tokens_per_batch
+    on_cpu = device.platform == "cpu"
+    self._tokens_per_batch = tokens_per_batch or (
+      CPU_TOKENS if on_cpu else _ACCELERATOR_TOKENS
+    )
     self._row_lengths = attention.row_lengths(config.transformer, row_lengths)
     self._sharding = None
     self._num_shards = 1
@@ -151,7 +155,7 @@ class TextEncoder:
     left = lengths.copy()
     for length in classes:
       fitting = np.where(left <= length, left, 0)
-      rows = max(1, self._tokens_per_batch // self._num_shards // length)
+      rows = max(1, self._tokens_per_batch // length)
       whole = rows * self._num_shards
       count = None
       if length != classes[-1]:
@@ -235,7 +239,7 @@ class CheckpointEmbedder:
     checkpoint: A MODEL_DIR, MODEL_DIR/checkpoints/STEP, or the directory of an
       EmbeddingGemma-like model as sentence-transformers keeps it.
     max_length: Tokens after which a text is cut; None is the longest in training.
-    tokens_per_batch: Token slots of one device call.
+    tokens_per_batch: Token slots of one device call; None is what suits the device.
 
   Attributes:
     description: Of the model.
@@ -250,7 +254,7 @@ class CheckpointEmbedder:
     self,
     checkpoint: str | os.PathLike[str],
     max_length: int | None = None,
-    tokens_per_batch: int = 8192,
+    tokens_per_batch: int | None = None,
   ):
     model = conversion.open_embedder(checkpoint)
     self.notes = model.notes

@@ -15,6 +15,10 @@ from embgemma.models.poolers import Pooler
 from embgemma.models.transformer import Transformer
 from embgemma.typing import Array, Float, PackedTexts, Params
 
+# Tokens at once from which products on a CPU are as fast as they get; more leave its
+# caches (docs/performance.md).
+CPU_TOKENS = 2048
+
 
 class Embedder(nn.Module):
   """Encoder, pooler, g: D -> d_U, f: d_U -> E, unit norm (arXiv 2509.20354, eq. 1)."""

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from embgemma.errors import ConfigError
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, abstract_params
+from embgemma.models.embedder import CPU_TOKENS, Embedder, abstract_params
 from embgemma.training.optimizers import split_trainable
 from embgemma.training.partitioning import bytes_per_device
 from embgemma.training.train_state import TrainState
@@ -22,10 +22,9 @@ from embgemma.typing import PackedTexts, PyTree
 _WORKING_SHARE = 1.5
 # Of a device's memory; the rest is the runtime's and lost between arrays.
 _USABLE_SHARE = 0.9
-# Of a CPU's microbatch: writing more new pages costs more than embedding twice, and
-# from some tokens on products are as fast as they get (docs/performance.md).
+# Of a CPU's microbatch: writing more new pages costs more than embedding twice
+# (docs/performance.md).
 _CPU_BYTES = 2**29
-_CPU_TOKENS = 2048
 _ROWS = 8
 
 
@@ -115,7 +114,7 @@ def fitting_tokens(
   most = microbatch_tokens(config, row_length, _USABLE_SHARE * device_bytes - held)
   if abstract.step.sharding.mesh.devices.flat[0].platform != "cpu":
     return most
-  quick = min(_CPU_TOKENS, int(_CPU_BYTES / bytes_per_slot(config, row_length)))
+  quick = min(CPU_TOKENS, int(_CPU_BYTES / bytes_per_slot(config, row_length)))
   return min(most, max(quick, row_length))
 
 

@@ -269,7 +269,7 @@ def train(
   reader_workers: int = 0,
   profile_steps: Sequence[int] | None = None,
   eval_max_length: int | None = None,
-  eval_tokens_per_batch: int = 8192,
+  eval_tokens_per_batch: int | None = None,
   operative_gin: str = "",
 ) -> dict[str, suite.TaskResults]:
   """Trains one stage, from its newest checkpoint if it has one.
@@ -296,7 +296,8 @@ def train(
     profile_steps: First and last step of a profile; None is none.
     eval_max_length: Tokens a text is cut to in evaluation; None is the longest in
       training.
-    eval_tokens_per_batch: Token slots of one evaluation batch.
+    eval_tokens_per_batch: Token slots of a device in one evaluation batch; None is what
+      suits it.
     operative_gin: Kept beside the weights.
 
   Returns:

@@ -157,7 +157,7 @@ def test_eight_devices_give_what_one_gives(vocabulary, params, texts, alone):
     _CONFIG,
     vocabulary,
     max_length=100,
-    tokens_per_batch=2048,
+    tokens_per_batch=256,
     mesh=mesh,
     batch_axes=("data", "fsdp"),
     row_lengths=_LADDER,
