@@ -13,7 +13,7 @@ from typing import Any
 
 from embgemma.checkpoints import Description
 from embgemma.data.prompts import PROMPTS
-from embgemma.errors import CheckpointError
+from embgemma.errors import CheckpointError, ConfigError
 from embgemma.interop import huggingface, layout
 from embgemma.interop.layout import NumpyTree, Tensor
 from embgemma.interop.model import (
@@ -53,6 +53,7 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
     )
   source = SafetensorsDirectory(directory)
   encoder, decoder = _configs(values, path, source.dtype)
+  config = _backbone(encoder, decoder, path)
   tensors = _tensors(encoder, decoder, source)
   ignored = _ignored(source)
   layout.check_names(tensors, source, ignored)
@@ -61,7 +62,6 @@ def load(directory: pathlib.Path, tokenizer: pathlib.Path | None = None) -> Mode
   layout.fill(params, tensors, source)
   unread = [f"{n} not read: {why}" for why, n in Counter(ignored.values()).items()]
   length = min(BACKBONE_LENGTH, encoder.max_length, decoder.max_length)
-  config = BackboneConfig(encoder, decoder)
   description = Description(config, equal_lengths(length), PROMPTS)
   return Model(description, vocabulary, params, (*notes, *unread))
 
@@ -84,13 +84,16 @@ def _configs(
   decoder = huggingface.text_config(
     _part(values, "decoder", path), path, dtype, mask="causal"
   )
-  for field in ("width", "vocab_size"):
-    if getattr(encoder, field) != getattr(decoder, field):
-      raise CheckpointError(
-        f"{path}: {field} of the encoder is {getattr(encoder, field)}, of the decoder "
-        f"{getattr(decoder, field)}; they share one token table"
-      )
   return encoder, decoder
+
+
+def _backbone(
+  encoder: TransformerConfig, decoder: TransformerConfig, path: pathlib.Path
+) -> BackboneConfig:
+  try:
+    return BackboneConfig(encoder, decoder, cross_attention="merged", shared_table=True)
+  except ConfigError as error:
+    raise CheckpointError(f"{path}: {error}") from error
 
 
 def _part(

@@ -1,11 +1,12 @@
 """Attention in plain XLA: O(L * window), and few logits at a time.
 
 Queries are cut into blocks; a block sees the slice of keys that its band reaches.
-Without a window, or where blocks would save nothing, a row is one block. Blocks are
-computed a few at a time in a loop, and the backward pass computes their logits
-again from queries, keys and each query's log-sum-exp (FlashAttention, arXiv
-2205.14135, section 3.1, with a whole slice of keys for a tile): on CPU no array of
-[R, H, L, L] goes through main memory. What this gives is in docs/performance.md.
+Without a window, with a memory (`attention_mask.dense`), or where blocks would save
+nothing, a row is one block. Blocks are computed a few at a time in a loop, and the
+backward pass computes their logits again from queries, keys and each query's
+log-sum-exp (FlashAttention, arXiv 2205.14135, section 3.1, with a whole slice of keys
+for a tile): on CPU no array of [R, H, L, L] goes through main memory. What this gives
+is in docs/performance.md.
 """
 
 import functools
@@ -41,8 +42,17 @@ class Plan(NamedTuple):
   span: int
 
 
-def plan(band: Band, length: int) -> Plan:
-  """Blocks with the keys in their reach, or the whole row if that saves no tenth."""
+def plan(band: Band | None, length: int, keys: int | None = None) -> Plan:
+  """Blocks with the keys in their reach, or the whole row if that saves no tenth.
+
+  Args:
+    band: Of the row's own keys; None where there are none of these.
+    length: Queries of a row.
+    keys: Of a row, with those of the memory; None is the row's own.
+  """
+  keys = keys or length
+  if band is None or keys > length:
+    return Plan(1, length, 0, keys)
   span = _BLOCK + band.left + band.right
   blocks = -(-length // _BLOCK)
   if blocks * _BLOCK * span > 0.9 * length**2:
@@ -51,13 +61,15 @@ def plan(band: Band, length: int) -> Plan:
 
 
 def block_mask(
-  band: Band, text_ids: Int[ArrayLike, "R L"]
+  band: Band | None,
+  text_ids: Int[ArrayLike, "R L"],
+  memory_ids: Int[ArrayLike, "R I"] | None = None,
 ) -> Bool[Array, "R blocks block span"]:
-  """The mask, cut as `plan` says."""
+  """`dense` of the same arguments, cut as `plan` says."""
   length = text_ids.shape[1]
+  if band is None or memory_ids is not None or plan(band, length).blocks == 1:
+    return dense(band, text_ids, memory_ids)[:, None]
   cut = plan(band, length)
-  if cut.blocks == 1:
-    return dense(band, text_ids)[:, None]
   ids = jnp.asarray(text_ids)
   same_text = _query_blocks(ids, cut)[..., None] == _key_spans(ids, cut)[:, :, None, :]
   column = np.arange(cut.span)[None, :] - cut.left
@@ -69,27 +81,27 @@ def block_mask(
 
 
 def attend(
-  band: Band,
+  band: Band | None,
   query: Float[Array, "R L H hd"],
-  key: Float[Array, "R L K hd"],
-  value: Float[Array, "R L K hd"],
+  key: Float[Array, "R keys K hd"],
+  value: Float[Array, "R keys K hd"],
   mask: Bool[Array, "R blocks block span"],
   scale: float,
 ) -> Float[Array, "R L H hd"]:
   """Softmax attention in the inputs' dtype; logits and softmax in float32.
 
   Args:
-    band: Of the layer.
+    band: Of the layer, over the row's own keys; None where there are none of these.
     query: Not scaled; H is a multiple of K.
-    key: Keys.
-    value: Values.
+    key: The row's own, then the memory's.
+    value: Alike.
     mask: From `block_mask`.
     scale: Of the logits.
   """
   rows, length, heads, head_dim = query.shape
   kv_heads = key.shape[2]
   group = heads // kv_heads
-  cut = plan(band, length)
+  cut = plan(band, length, key.shape[1])
 
   def units(x: Array, positions: int) -> Array:
     """[R, blocks, n, K, ...] as [R * blocks * K, positions, hd]."""

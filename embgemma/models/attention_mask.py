@@ -42,11 +42,29 @@ def band(config: TransformerConfig, kind: str, length: int) -> Band:
   return Band(min(left, length - 1), min(right, length - 1))
 
 
-def dense(band: Band, text_ids: Int[ArrayLike, "R L"]) -> Bool[Array, "R L L"]:
+def dense(
+  band: Band | None,
+  text_ids: Int[ArrayLike, "R L"],
+  memory_ids: Int[ArrayLike, "R I"] | None = None,
+) -> Bool[Array, "R L keys"]:
   """True where query i (second axis) may attend to key j: in the band, same text.
 
-  Padding, which has one id of its own, attends to padding: no row is empty.
+  Keys are the row's own, then those of the memory (an encoder's states), of which a
+  query sees all of its text. Padding, which has one id of its own, attends to padding:
+  no query is without a key, unless the keys are a memory's alone.
+
+  Args:
+    band: Of the row's own keys; None where there are none of these.
+    text_ids: Which text of the row a token belongs to.
+    memory_ids: The same of the memory; None is without.
   """
+  parts = [] if band is None else [_own(band, text_ids)]
+  if memory_ids is not None:
+    parts.append(jnp.asarray(text_ids[:, :, None] == memory_ids[:, None, :]))
+  return jnp.concatenate(parts, axis=-1)
+
+
+def _own(band: Band, text_ids: ArrayLike) -> Array:
   same_text = text_ids[:, :, None] == text_ids[:, None, :]
   length = text_ids.shape[1]
   if band.is_full(length):

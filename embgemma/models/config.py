@@ -11,6 +11,7 @@ from embgemma.errors import ConfigError
 
 ATTENTION_KINDS = ("local", "global")
 MASK_KINDS = ("bidirectional", "causal")
+CROSS_ATTENTIONS = ("merged", "separate")
 POOLERS = ("mean", "first", "last", "attention")
 ATTENTION_BACKENDS = ("auto", "reference", "block_local", "splash", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots")
@@ -59,6 +60,8 @@ class TransformerConfig:
     rope_factor_global: Positions of global layers are divided by it ("linear"
       scaling): 8 in T5Gemma 2 and in Gemma 3 from 4B on.
     query_scalar: Queries are scaled by query_scalar ** -0.5; None is head_dim.
+    query_key_norm: Whether queries and keys are normed; Gemma 3's are, Gemma 2's
+      (and so T5Gemma's) are not.
     norm_epsilon: Added to the mean square inside RMSNorm.
     initial_branch_gain: Gain (1 + scale) that the norms after attention and
       feed-forward start with. Gemma's is 1; below it a stack trained from scratch
@@ -89,6 +92,7 @@ class TransformerConfig:
   rope_base_global: float = 1_000_000.0
   rope_factor_global: float = 1.0
   query_scalar: float | None = None
+  query_key_norm: bool = True
   norm_epsilon: float = 1e-6
   initial_branch_gain: float = 1.0
   max_length: int = 2048
@@ -324,18 +328,65 @@ class BackboneConfig:
 
   Attributes:
     encoder: None in a decoder-only model.
-    decoder: With an encoder it has no token table of its own: T5Gemma 2 shares one
-      (arXiv 2512.14856).
+    decoder: None where an encoder alone was imported.
+    cross_attention: How the decoder reads the encoder. "merged": its self-attention
+      sees the encoder's states as further keys (T5Gemma 2, arXiv 2512.14856);
+      "separate": a sublayer of its own does (T5Gemma, arXiv 2504.06225), and the
+      two stacks may differ in width, depth and heads.
+    shared_table: Whether the encoder's token table is the decoder's too (T5Gemma 2)
+      or the decoder has its own (T5Gemma). Either is the output matrix as well.
   """
 
   encoder: TransformerConfig | None = None
   decoder: TransformerConfig | None = None
+  cross_attention: str = "merged"
+  shared_table: bool = True
 
   def __post_init__(self):
+    for field, mask in (("encoder", "bidirectional"), ("decoder", "causal")):
+      stack = getattr(self, field)
+      if stack is None:
+        continue
+      _require(
+        isinstance(stack, TransformerConfig),
+        f"BackboneConfig.{field} must be a TransformerConfig or None, got {stack!r}",
+      )
+      _require(
+        stack.mask == mask,
+        f"BackboneConfig.{field}: TransformerConfig.mask must be {mask!r}, got "
+        f"{stack.mask!r}",
+      )
     _require(
       self.encoder is not None or self.decoder is not None,
       "BackboneConfig needs an encoder or a decoder",
     )
+    _require(
+      self.cross_attention in CROSS_ATTENTIONS,
+      f"BackboneConfig.cross_attention must be one of {CROSS_ATTENTIONS}, got "
+      f"{self.cross_attention!r}",
+    )
+    if self.shared_table:
+      self._require_equal(
+        ("width", "vocab_size"),
+        "they share one token table (BackboneConfig.shared_table): make them equal, "
+        "or give each its own",
+      )
+    if self.cross_attention == "merged":
+      self._require_equal(
+        ("width", "num_heads", "num_kv_heads", "head_dim"),
+        "merged attention (BackboneConfig.cross_attention) needs them equal, "
+        "'separate' does not",
+      )
+
+  def _require_equal(self, fields: Sequence[str], why: str) -> None:
+    if self.encoder is None or self.decoder is None:
+      return
+    for field in fields:
+      encoder, decoder = getattr(self.encoder, field), getattr(self.decoder, field)
+      _require(
+        encoder == decoder,
+        f"{field} of the encoder is {encoder}, of the decoder {decoder}; {why}",
+      )
 
   def to_json(self) -> dict[str, Any]:
     """A JSON object from which `from_json` builds an equal configuration."""
@@ -349,4 +400,9 @@ class BackboneConfig:
       ConfigError: a key is unknown or missing.
     """
     with _known_keys():
-      return cls(**{k: v and TransformerConfig(**v) for k, v in values.items()})
+      stacks = {
+        field: TransformerConfig(**values[field])
+        for field in ("encoder", "decoder")
+        if values.get(field) is not None
+      }
+      return cls(**{**values, **stacks})

@@ -1,4 +1,4 @@
-"""Gemma 3 building blocks: norm, linear map, feed-forward, attention, block."""
+"""Gemma building blocks: norm, linear map, feed-forward, attention, block."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from embgemma.models import attention, lora
-from embgemma.models.attention import AttentionInputs
+from embgemma.models.attention import AttentionInputs, CrossInputs
 from embgemma.models.config import TransformerConfig
 from embgemma.models.rotary import apply_rotary
 from embgemma.typing import Array, ArrayLike, DTypeLike, Float
@@ -141,8 +141,44 @@ def linear(features: int, axes: tuple[str, str], dtype: DTypeLike, name: str) ->
   return Linear(features, axes, dtype, name=name)
 
 
+def _maps(cfg: TransformerConfig) -> tuple[Linear, Linear, Linear]:
+  """Of queries, keys and values, of the module that calls it."""
+  dtype = jnp.dtype(cfg.dtype)
+  kv_width = cfg.num_kv_heads * cfg.head_dim
+  return (
+    linear(cfg.num_heads * cfg.head_dim, ("embed", "heads"), dtype, "query"),
+    linear(kv_width, ("embed", "kv"), dtype, "key"),
+    linear(kv_width, ("embed", "kv"), dtype, "value"),
+  )
+
+
+def _norms(cfg: TransformerConfig) -> tuple[Callable[[Array], Array], ...]:
+  """Of queries and keys, of the module that calls it."""
+  if not cfg.query_key_norm:
+    return (lambda x: x,) * 2
+  return tuple(
+    RMSNorm(cfg.norm_epsilon, "head_dim", name=name)
+    for name in ("query_norm", "key_norm")
+  )
+
+
+def _heads(x: Float[Array, "R L HK"], cfg: TransformerConfig) -> Array:
+  return x.reshape(*x.shape[:2], -1, cfg.head_dim)
+
+
+def _output(x: Float[Array, "R L H hd"], cfg: TransformerConfig) -> Array:
+  """The map back to the model's width, of the module that calls it."""
+  back = linear(cfg.width, ("heads", "embed"), jnp.dtype(cfg.dtype), "output")
+  return back(x.reshape(*x.shape[:2], -1))
+
+
 class Attention(nn.Module):
-  """Grouped-query attention with RMS-normed queries and keys, then RoPE."""
+  """Grouped-query attention with RMS-normed queries and keys, then RoPE.
+
+  Merged attention (T5Gemma 2, arXiv 2512.14856) makes further keys and values of an
+  encoder's states by the same maps, without RoPE, under one softmax: no parameter is
+  of its own, as in transformers' T5Gemma2MergedAttention.
+  """
 
   config: TransformerConfig
   kind: str
@@ -152,23 +188,39 @@ class Attention(nn.Module):
     self, x: Float[Array, "R L D"], inputs: AttentionInputs
   ) -> Float[Array, "R L D"]:
     cfg = self.config
-    dtype = jnp.dtype(cfg.dtype)
-    rows, length, _ = x.shape
+    to_query, to_key, to_value = _maps(cfg)
+    query, key, value = (_heads(to(x), cfg) for to in (to_query, to_key, to_value))
+    query_norm, key_norm = _norms(cfg)
+    query, key = query_norm(query), key_norm(key)
+    query, key = (apply_rotary(x, inputs.angles) for x in (query, key))
+    if inputs.states is not None:
+      more = key_norm(_heads(to_key(inputs.states), cfg))
+      key = jnp.concatenate([key, more], axis=1)
+      more = _heads(to_value(inputs.states), cfg)
+      value = jnp.concatenate([value, more], axis=1)
+    return _output(attention.attend(cfg, self.kind, query, key, value, inputs), cfg)
 
-    def project(heads: int, axis: str, name: str) -> Array:
-      flat = linear(heads * cfg.head_dim, ("embed", axis), dtype, name)(x)
-      return flat.reshape(rows, length, heads, cfg.head_dim)
 
-    query = project(cfg.num_heads, "heads", "query")
-    key = project(cfg.num_kv_heads, "kv", "key")
-    value = project(cfg.num_kv_heads, "kv", "value")
-    query = RMSNorm(cfg.norm_epsilon, "head_dim", name="query_norm")(query)
-    key = RMSNorm(cfg.norm_epsilon, "head_dim", name="key_norm")(key)
-    query = apply_rotary(query, inputs.angles)
-    key = apply_rotary(key, inputs.angles)
-    out = attention.attend(cfg, self.kind, query, key, value, inputs)
-    out = out.reshape(rows, length, cfg.num_heads * cfg.head_dim)
-    return linear(cfg.width, ("heads", "embed"), dtype, "output")(out)
+class CrossAttention(nn.Module):
+  """Grouped-query attention to an encoder's states, without RoPE.
+
+  As transformers' T5GemmaCrossAttention, and with normed queries and keys where the
+  stack has them. Texts without a state get zeros.
+  """
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "R L D"], inputs: CrossInputs
+  ) -> Float[Array, "R L D"]:
+    cfg = self.config
+    to_query, to_key, to_value = _maps(cfg)
+    query_norm, key_norm = _norms(cfg)
+    query = query_norm(_heads(to_query(x), cfg))
+    key = key_norm(_heads(to_key(inputs.states), cfg))
+    value = _heads(to_value(inputs.states), cfg)
+    return _output(attention.attend_across(cfg, query, key, value, inputs), cfg)
 
 
 class FeedForward(nn.Module):
@@ -188,7 +240,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
   """Attention and feed-forward, each between two norms (Gemma 3's sandwich).
 
-  Dropout, where there is any, is of what the two add to the residual stream, after
+  Between the two, where there is one, a cross-attention of the same build, as in
+  transformers' T5GemmaDecoderLayer.
+
+  Dropout, where there is any, is of what they add to the residual stream, after
   the second norm, as in transformers' T5Gemma (T5GemmaEncoderLayer.forward); its
   dropout of embeddings, of hidden units and of the result is left out.
   """
@@ -199,7 +254,10 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "R L D"], inputs: AttentionInputs
+    self,
+    x: Float[Array, "R L D"],
+    inputs: AttentionInputs,
+    cross: CrossInputs | None = None,
   ) -> Float[Array, "R L D"]:
     cfg = self.config
 
@@ -214,6 +272,11 @@ class Block(nn.Module):
       norm("pre_attention_norm")(x), inputs
     )
     x = x + dropout(norm("post_attention_norm", gain)(y))
+    if cross is not None:
+      y = CrossAttention(cfg, name="cross_attention")(
+        norm("pre_cross_attention_norm")(x), cross
+      )
+      x = x + dropout(norm("post_cross_attention_norm", gain)(y))
     y = FeedForward(cfg, name="mlp")(norm("pre_mlp_norm")(x))
     return x + dropout(norm("post_mlp_norm", gain)(y))
 
@@ -227,9 +290,12 @@ class LayerGroup(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "R L D"], inputs: Mapping[str, AttentionInputs]
+    self,
+    x: Float[Array, "R L D"],
+    inputs: Mapping[str, AttentionInputs],
+    cross: CrossInputs | None = None,
   ) -> tuple[Float[Array, "R L D"], None]:
     for index, kind in enumerate(self.kinds):
       block = Block(self.config, kind, self.deterministic, name=f"layer_{index}")
-      x = block(x, inputs[kind])
+      x = block(x, inputs[kind], cross)
     return x, None

@@ -1,4 +1,4 @@
-"""The Gemma 3 text stack: token ids to hidden states."""
+"""The Gemma text stack: token ids to hidden states."""
 
 import dataclasses
 from typing import Any
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from embgemma.models import attention
+from embgemma.models.attention import Memory
 from embgemma.models.config import TransformerConfig
 from embgemma.models.layers import LayerGroup, RMSNorm
 from embgemma.typing import Array, ArrayLike, Float, Int
@@ -61,14 +62,20 @@ class TokenEmbedding(nn.Module):
 
 
 class Transformer(nn.Module):
-  """Gemma 3 decoder blocks, bidirectional or causal, over packed rows.
+  """Gemma blocks, bidirectional or causal, over packed rows.
 
   Full repetitions of the attention pattern are one `nn.scan` (parameters stacked
   on a leading `layers` axis, under `groups`); layers left over follow under
   `remainder`.
+
+  Attributes:
+    config: Of the stack.
+    cross_attention: How it reads a memory, see `BackboneConfig`; without one it does
+      not matter.
   """
 
   config: TransformerConfig
+  cross_attention: str = "merged"
 
   @nn.compact
   def __call__(
@@ -78,6 +85,7 @@ class Transformer(nn.Module):
     text_ids: Int[ArrayLike, "R L"],
     vectors: Float[Array, "R L D"] | None = None,
     deterministic: bool = True,
+    memory: Memory | None = None,
   ) -> Float[Array, "R L D"]:
     """Final hidden states in the compute dtype.
 
@@ -89,12 +97,16 @@ class Transformer(nn.Module):
         missing.
       deterministic: Without dropout. With it, `apply` needs the random stream
         "dropout".
+      memory: What an encoder made of the same texts; None is without.
     """
     cfg = self.config
     if self.is_initializing():
       # Parameters do not depend on it; the example row is too short for some.
       cfg = dataclasses.replace(cfg, attention="reference")
-    inputs = attention.prepare(cfg, positions, text_ids)
+    merged, cross = memory, None
+    if memory is not None and self.cross_attention == "separate":
+      merged, cross = None, attention.prepare_cross(cfg, text_ids, memory)
+    inputs = attention.prepare(cfg, positions, text_ids, merged)
     x = TokenEmbedding(cfg, name="embedder")(tokens) if vectors is None else vectors
 
     def group(in_scan: bool) -> Any:
@@ -114,9 +126,9 @@ class Transformer(nn.Module):
         length=repetitions,
         metadata_params={nn.PARTITION_NAME: "layers"},
       )
-      x, _ = scanned(cfg, pattern, deterministic, name="groups")(x, inputs)
+      x, _ = scanned(cfg, pattern, deterministic, name="groups")(x, inputs, cross)
     if left_over:
       kinds = pattern[:left_over]
       remainder = group(in_scan=False)(cfg, kinds, deterministic, name="remainder")
-      x, _ = remainder(x, inputs)
+      x, _ = remainder(x, inputs, cross)
     return RMSNorm(cfg.norm_epsilon, name="final_norm")(x)

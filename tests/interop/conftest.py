@@ -18,6 +18,8 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerF
 
 from embgemma.data import builtin_corpus, prompts
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
+from embgemma.models import encoder_decoder
+from embgemma.typing import PackedSequences
 
 _SCRIPTS = (
   "The quick brown fox jumps over the lazy dog, twice; then it rests. ",
@@ -68,6 +70,29 @@ def tokenizer(tmp_path_factory) -> pathlib.Path:
   texts = [" ".join(words[i::7]) for i in range(7)]
   train_vocabulary(texts, 640, path, sentinels=128)
   return path
+
+
+@pytest.fixture(scope="session")
+def causal_logits():
+  """Logits of a decoder alone for rows of one text, [R, L]."""
+
+  def logits(config, params, tokens: np.ndarray) -> np.ndarray:
+    positions = np.broadcast_to(
+      np.arange(tokens.shape[1], dtype=np.int32), tokens.shape
+    )
+    sequences = PackedSequences(
+      inputs=None,
+      input_positions=None,
+      input_ids=None,
+      targets=tokens,
+      decoder_inputs=tokens,
+      target_positions=positions,
+      target_ids=np.ones_like(tokens),
+      weights=np.ones(tokens.shape, np.float32),
+    )
+    return np.asarray(encoder_decoder.logits(config, params, sequences))
+
+  return logits
 
 
 @dataclasses.dataclass(frozen=True)

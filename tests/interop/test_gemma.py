@@ -19,7 +19,6 @@ from embgemma import checkpoints
 from embgemma.data.prompts import PROMPTS
 from embgemma.errors import CheckpointError
 from embgemma.interop import gemma, huggingface, layout
-from embgemma.models.language_model import logits
 
 _ROWS = 640
 _LAYERS = 8  # one group of six and two more
@@ -206,16 +205,12 @@ def test_every_storage(how, model, tokenizer, write, tmp_path):
   _assert_weights(loaded.params, loaded.description.config.decoder, _state(model))
 
 
-def test_logits_beyond_the_window(model, tokenizer, write):
+def test_logits_beyond_the_window(model, tokenizer, write, causal_logits):
   loaded = gemma.load(write(), tokenizer)
   tokens = np.random.default_rng(0).integers(0, _ROWS, (2, 540)).astype(np.int32)
   with torch.no_grad():
     expected = model(torch.from_numpy(tokens).long()).logits.numpy()
-  positions = np.broadcast_to(np.arange(540, dtype=np.int32), tokens.shape)
-  config = loaded.description.config.decoder
-  ours = logits(
-    config, loaded.params["decoder"], tokens, positions, np.zeros_like(tokens)
-  )
+  ours = causal_logits(loaded.description.config, loaded.params, tokens)
   assert np.abs(expected).max() > 1
   np.testing.assert_allclose(ours, expected, atol=1e-4)
 

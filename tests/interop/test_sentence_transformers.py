@@ -27,7 +27,6 @@ from embgemma.interop import conversion, sentence_transformers_writer
 from embgemma.interop.model import Model
 from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
 from embgemma.models.embedder import init_params
-from embgemma.models.language_model import logits
 
 _BOUND = 2e-5
 # Windows of 16 and 512 end at 8 and 256 keys: errors show from the next length on.
@@ -223,7 +222,7 @@ def test_bare_text_model_is_a_headless_mean_pooler(
   _compare(exported, embedder, ["one text", "another text"], "query")
 
 
-def test_causal_model_is_a_decoder(tmp_path, vocabulary, tiny_shape):
+def test_causal_model_is_a_decoder(tmp_path, vocabulary, tiny_shape, causal_logits):
   torch.manual_seed(0)
   config = Gemma3TextConfig(vocab_size=vocabulary.size, **tiny_shape)
   reference = Gemma3ForCausalLM(config).eval()
@@ -240,10 +239,7 @@ def test_causal_model_is_a_decoder(tmp_path, vocabulary, tiny_shape):
   tokens = np.random.default_rng(0).integers(0, vocabulary.size, (2, 60), np.int32)
   with torch.no_grad():
     theirs = reference(torch.from_numpy(tokens).long()).logits.numpy()
-  positions = np.broadcast_to(np.arange(60, dtype=np.int32), tokens.shape)
-  ours = logits(
-    decoder, model.params["decoder"], tokens, positions, np.zeros_like(tokens)
-  )
+  ours = causal_logits(model.description.config, model.params, tokens)
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
   assert np.abs(theirs).max() > 1
   with pytest.raises(CheckpointError, match="only an embedder"):

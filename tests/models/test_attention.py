@@ -14,6 +14,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from embgemma.errors import ConfigError
 from embgemma.models import attention, attention_block_local, attention_mask
+from embgemma.models.attention import Memory
 from embgemma.models.attention_block_local import plan
 from embgemma.models.attention_mask import Band
 from embgemma.models.config import TransformerConfig
@@ -76,15 +77,17 @@ def _allowed(config: TransformerConfig, kind: str, text_ids: np.ndarray) -> np.n
 
 def _expected(config, kind, arrays, text_ids):
   """Output and gradients of queries, keys and values, in float64."""
+  return _softmax(config, arrays, _allowed(config, kind, text_ids))
+
+
+def _softmax(config, arrays, allowed):
   query, key, value, gradient = arrays
   scale = (config.query_scalar or config.head_dim) ** -0.5
   repeats = query.shape[2] // key.shape[2]
   key, value = (np.repeat(x, repeats, axis=2) for x in (key, value))
   logits = np.einsum("rqhd,rkhd->rhqk", query, key, optimize=True) * scale
-  allowed = _allowed(config, kind, text_ids)[:, None]
-  logits = np.where(allowed, logits, -np.inf)
-  weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-  weights /= weights.sum(axis=-1, keepdims=True)
+  weights = np.where(allowed[:, None], np.exp(logits), 0)
+  weights /= np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)  # none: zeros
   dweights = np.einsum("rqhd,rkhd->rhqk", gradient, value, optimize=True)
   mean = (weights * dweights).sum(axis=-1, keepdims=True)
   dlogits = weights * (dweights - mean) * scale
@@ -109,6 +112,20 @@ def _ours(config, kind, query, key, value, gradient, text_ids):
   return out, *pull_back(gradient)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _ours_with_memory(config, kind, query, key, value, gradient, text_ids, memory_ids):
+  """Of the kind "across" over the memory alone."""
+  memory = Memory(jnp.zeros((*memory_ids.shape, 1)), memory_ids)
+  if kind == "across":
+    cross = attention.prepare_cross(config, text_ids, memory)
+    compute = functools.partial(attention.attend_across, config, inputs=cross)
+  else:
+    inputs = attention.prepare(config, jnp.zeros_like(text_ids), text_ids, memory)
+    compute = functools.partial(attention.attend, config, kind, inputs=inputs[kind])
+  out, pull_back = jax.vjp(compute, query, key, value)
+  return out, *pull_back(gradient)
+
+
 def _fresh():
   """`_ours`, traced anew: what a test patches takes part."""
   return jax.jit(lambda *args: _ours.__wrapped__(*args), static_argnums=(0, 1))
@@ -117,8 +134,12 @@ def _fresh():
 def _check(config, kind, length, tolerance=2e-5, compute=_ours, **case):
   arrays, text_ids = _case(config, length, **case)
   expected = _expected(config, kind, arrays, text_ids)
+  _close(compute, config, kind, arrays, (text_ids,), expected, tolerance)
+
+
+def _close(compute, config, kind, arrays, ids, expected, tolerance):
   dtype = jnp.dtype(config.dtype)
-  ours = compute(config, kind, *(jnp.asarray(x, dtype) for x in arrays), text_ids)
+  ours = compute(config, kind, *(jnp.asarray(x, dtype) for x in arrays), *ids)
   names = ("out", "query", "key", "value")
   for name, x, y in zip(names, ours, expected, strict=True):
     assert x.dtype == dtype
@@ -169,6 +190,50 @@ def test_whole_rows(backend, mask, kind, length, kv_heads):
 def test_reference_with_windows(kv_heads):
   _check(
     _config("bidirectional", (3, 70), kv_heads, attention="reference"), "local", 257
+  )
+
+
+def _memory_case(config: TransformerConfig, kind: str, length: int, memory: int):
+  """Queries, keys, values, an output's gradient, ids of texts and of the memory."""
+  rng = np.random.default_rng(1)
+  keys = memory if kind == "across" else length + memory
+  heads, kv_heads = config.num_heads, config.num_kv_heads
+  sizes = ((length, heads), (keys, kv_heads), (keys, kv_heads), (length, heads))
+  arrays = [rng.normal(size=(3, n, h, config.head_dim)) for n, h in sizes]
+
+  def ids(total: int, *rows: tuple[int, ...]) -> np.ndarray:
+    texts = [np.repeat(np.arange(1, len(row) + 1), row) for row in rows]
+    return np.stack([np.pad(t, (0, total - len(t))) for t in texts]).astype(np.int32)
+
+  # Of the second row's texts the memory has no second and nothing is padding there;
+  # of the third row it has none at all.
+  text_ids = ids(length, (length - 9, 5), (10, 4, length - 20), (length,))
+  return arrays, text_ids, ids(memory, (3, memory - 7), (8, 0, memory - 8), ())
+
+
+@pytest.mark.parametrize(
+  ("backend", "kind", "length", "memory", "kv_heads"),
+  [
+    ("reference", "local", 40, 37, 2),
+    ("reference", "across", 40, 129, 1),
+    ("block_local", "local", 300, 37, 2),
+    ("block_local", "global", 40, 300, 1),
+    ("block_local", "across", 40, 129, 2),
+    ("block_local", "across", 64, 64, 1),
+  ],
+)
+def test_memory(backend, kind, length, memory, kv_heads):
+  """Every query sees all of its text's memory, whatever the window."""
+  config = _config("causal", (16, 0), kv_heads, attention=backend)
+  arrays, text_ids, memory_ids = _memory_case(config, kind, length, memory)
+  allowed = text_ids[:, :, None] == memory_ids[:, None, :]
+  if kind == "across":
+    assert not allowed.any(axis=-1).all()
+  else:
+    allowed = np.concatenate([_allowed(config, kind, text_ids), allowed], axis=-1)
+  expected = _softmax(config, arrays, allowed)
+  _close(
+    _ours_with_memory, config, kind, arrays, (text_ids, memory_ids), expected, 2e-5
   )
 
 

@@ -14,7 +14,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from embgemma.errors import ConfigError
 from embgemma.models import attention, attention_mask, attention_splash
+from embgemma.models.attention import Memory
 from embgemma.models.config import TransformerConfig
 from embgemma.models.transformer import Transformer
 
@@ -98,6 +100,68 @@ def test_against_reference(mask, window, kind, kv_heads, length):
   reference = dataclasses.replace(config, attention="reference")
   expected = _run(reference, kind, *arrays, text_ids)
   _close(_run(config, kind, *arrays, text_ids), expected, 1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_with_memory(config, kind, query, key, value, gradient, text_ids, memory_ids):
+  """Of the kind "across" over the memory alone."""
+  memory = Memory(jnp.zeros((*memory_ids.shape, 1)), memory_ids)
+  if kind == "across":
+    cross = attention.prepare_cross(config, text_ids, memory)
+    compute = functools.partial(attention.attend_across, config, inputs=cross)
+  else:
+    inputs = attention.prepare(config, jnp.zeros_like(text_ids), text_ids, memory)
+    compute = functools.partial(attention.attend, config, kind, inputs=inputs[kind])
+  out, pull_back = jax.vjp(compute, query, key, value)
+  return out, *pull_back(gradient)
+
+
+@pytest.mark.parametrize(
+  ("kind", "kv_heads", "length", "memory"),
+  [
+    ("local", 2, 128, 384),
+    ("global", 1, 256, 128),
+    ("across", 2, 128, 384),
+  ],
+)
+def test_memory_against_reference(kind, kv_heads, length, memory):
+  config = dataclasses.replace(
+    _CONFIG,
+    mask="causal",
+    window=(100, 0),
+    num_heads=2 * kv_heads,
+    num_kv_heads=kv_heads,
+  )
+  (query, key, value, gradient), text_ids = _arrays(config, 3, length)
+  more = _arrays(config, 3, memory)[0]
+  if kind == "across":
+    key, value = more[1:3]
+  else:
+    key = np.concatenate([key, more[1]], axis=1)
+    value = np.concatenate([value, more[2]], axis=1)
+  # The first row's text and no padding; the second's first text alone; nothing of the
+  # third row's texts.
+  memory_ids = np.full((3, memory), 9, np.int32)
+  memory_ids[0], memory_ids[1, :50] = 0, 0
+  arrays = (query, key, value, gradient, text_ids, memory_ids)
+  reference = dataclasses.replace(config, attention="reference")
+  expected = _run_with_memory(reference, kind, *arrays)
+  _close(_run_with_memory(config, kind, *arrays), expected, 1e-5)
+
+
+@pytest.mark.parametrize(("length", "memory"), [(128, 100), (100, 128)])
+@pytest.mark.parametrize("kind", ["local", "across"])
+def test_memories_of_a_wrong_length(kind, length, memory):
+  arrays, text_ids = _arrays(_CONFIG, 2, length)
+  keys = memory if kind == "across" else length + memory
+  key, value = _arrays(_CONFIG, 2, keys)[0][1:3]
+  memory_ids = np.zeros((2, memory), np.int32)
+  with pytest.raises(
+    ConfigError, match="rows of 100 tokens; it takes multiples of 128"
+  ):
+    _run_with_memory(
+      _CONFIG, kind, arrays[0], key, value, arrays[3], text_ids, memory_ids
+    )
 
 
 def test_window_is_exact():
@@ -248,3 +312,27 @@ def test_compiles_for_tpu(tensor, tpu_devices):
   text = jax.jit(step).lower(params, *packed).compile().as_text()
   # Of each kind: forward, forward again, queries' gradient, keys' and values'.
   assert text.count('custom_call_target="tpu_custom_call"') == 8
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("kind", ["local", "across"])
+def test_memory_compiles_for_tpu(kind, tpu_devices):
+  """At EmbeddingGemma's head width; rows are longer on one side than on the other."""
+  config = dataclasses.replace(
+    _CONFIG,
+    num_heads=3,
+    head_dim=256,
+    mask="causal",
+    window=(511, 0),
+    dtype="bfloat16",
+  )
+  whole = NamedSharding(Mesh(tpu_devices.flat[:1], ("data",)), PartitionSpec())
+  keys = 1024 if kind == "across" else 512 + 1024
+  heads = [(512, 3), (keys, 1), (keys, 1), (512, 3)]
+  shapes = [((2, n, h, 256), jnp.bfloat16) for n, h in heads]
+  shapes += [((2, 512), jnp.int32), ((2, 1024), jnp.int32)]
+  arrays = [jax.ShapeDtypeStruct(s, dtype, sharding=whole) for s, dtype in shapes]
+  text = _run_with_memory.lower(config, kind, *arrays).compile().as_text()
+  # Forward, queries' gradient, keys' and values'.
+  assert text.count('custom_call_target="tpu_custom_call"') == 3

@@ -73,6 +73,7 @@ def test_no_embedder(config, write, tmp_path, function):
       function(path)
   with pytest.raises(CheckpointError, match="INITIAL_CHECKPOINT_PATH .*no model.json"):
     function(str(tmp_path / "none"))
-  path = write(BackboneConfig(decoder=config.transformer))
+  decoder = dataclasses.replace(config.transformer, mask="causal")
+  path = write(BackboneConfig(decoder=decoder))
   with pytest.raises(CheckpointError, match=f"{path}.*only an embedder"):
     function(path)
