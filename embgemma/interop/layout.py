@@ -125,7 +125,15 @@ def stack_slots(config: TransformerConfig, root: tuple[str, ...]) -> dict[str, S
   Returns:
     "table", "final_norm" and "LAYER/PARAMETER", such as
     "3/attention/query/kernel", to slots.
+
+  Raises:
+    CheckpointError: the stack is no Gemma 3, which the other formats hold.
   """
+  if not config.query_key_norm:
+    raise CheckpointError(
+      "a stack without norms of queries and keys (TransformerConfig.query_key_norm is "
+      "False) cannot be converted: the formats here hold Gemma 3"
+    )
   shapes = abstract_stack(config)
   period = len(config.attention_pattern)
   stacked = config.num_layers // period * period

@@ -22,7 +22,8 @@ from transformers import (
 from embgemma import checkpoints
 from embgemma.data.prompts import PROMPTS
 from embgemma.errors import CheckpointError
-from embgemma.interop import huggingface, t5gemma2
+from embgemma.interop import huggingface, layout, t5gemma2
+from embgemma.models.config import TransformerConfig
 from embgemma.models.transformer import Transformer
 
 _ROWS = 640
@@ -353,3 +354,9 @@ def test_the_command(saved, loaded, tmp_path):
   store = checkpoints.CheckpointStore(output)
   restored = store.restore(0, {"params": loaded.params})["params"]
   jax.tree.map(np.testing.assert_array_equal, restored, loaded.params)
+
+
+def test_stacks_without_query_and_key_norms_are_refused():
+  plain = TransformerConfig(64, 1, 32, 32, 2, 1, 16, query_key_norm=False)
+  with pytest.raises(CheckpointError, match="query_key_norm is False"):
+    layout.stack_slots(plain, ("decoder",))
