@@ -62,7 +62,7 @@ class Case:
     source = StepSource(
       [task], batch, 0, 1, config.transformer.vocab_size, microbatch_tokens=tokens
     )
-    packed = source.batch(0).pairs
+    packed = source.batch(0).arrays
     self.shapes = packed.group_shapes(1)
     self.pairs = partitioning.place_pairs(packed, mesh)
     step: Any = make_train_step(model, objective, optimizer, 1000, mesh, abstract)

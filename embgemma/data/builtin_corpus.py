@@ -1,7 +1,8 @@
-"""Training pairs out of the Python standard library, so that nothing is downloaded.
+"""Training data out of the Python standard library, so that nothing is downloaded.
 
 For smoke runs, tutorials and tests of the whole pipeline on a machine without data:
-some twenty thousand pairs of real prose and code, in five tasks.
+some twenty thousand pairs of real prose and code, in five tasks; and, for what trains
+on plain text, the modules themselves and the language reference.
 """
 
 import ast
@@ -18,7 +19,7 @@ import textwrap
 import tokenize
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ TASKS: Mapping[str, str] = types.MappingProxyType(
   }
 )
 """The kind of each task, a key of `prompts.TASK_PROMPTS`."""
+
+TEXT_TASKS = ("stdlib_modules", "stdlib_reference")
+"""Tasks of documents."""
 
 SPLITS = ("train", "validation")
 
@@ -71,11 +75,44 @@ def examples(task: str, split: str) -> Iterator[dict[str, str]]:
     ConfigError: there is no such task or split.
     DataError: this Python has no source files.
   """
-  if task not in TASKS:
-    raise ConfigError(f"no built-in task {task!r}; there are: {', '.join(TASKS)}")
+  _check_names(task, split, tuple(TASKS))
+  return (dict(record) for record in _corpus()[task, split])
+
+
+def documents(task: str, split: str) -> Iterator[dict[str, str]]:
+  """Returns the documents of a task of `TEXT_TASKS`, in the order of a JSONL file.
+
+  Each has `text`: a module's source, or a topic of the language reference. What
+  `examples` has in one split, this has in the same.
+
+  Raises:
+    ConfigError: there is no such task or split.
+    DataError: this Python has no source files.
+  """
+  _check_names(task, split, TEXT_TASKS)
+  draw = {"stdlib_modules": _module_texts, "stdlib_reference": _topic_texts}[task]
+  return (
+    {"text": text} for group, text in draw() if text.strip() and _split(group) == split
+  )
+
+
+def _check_names(task: str, split: str, tasks: Sequence[str]) -> None:
+  if task not in tasks:
+    raise ConfigError(f"no built-in task {task!r}; there are: {', '.join(tasks)}")
   if split not in SPLITS:
     raise ConfigError(f"no split {split!r} of {task}; there are: {', '.join(SPLITS)}")
-  return (dict(record) for record in _corpus()[task, split])
+
+
+def _module_texts() -> Iterator[tuple[str, str]]:
+  """Yields (group, text)."""
+  return ((module.group, "\n".join(module.lines)) for module in _modules())
+
+
+def _topic_texts() -> Iterator[tuple[str, str]]:
+  """Yields (topic, text)."""
+  from pydoc_data.topics import topics  # 700 kB, only when asked for.
+
+  return ((topic, text.strip()) for topic, text in sorted(topics.items()))
 
 
 @functools.cache
@@ -267,10 +304,8 @@ def _is_prose(comment: str) -> bool:
 
 def _topics() -> Iterator[tuple[str, dict[str, str]]]:
   """Yields (topic, pair): the reference's sections, HTTP statuses, error numbers."""
-  from pydoc_data.topics import topics  # 700 kB, only when asked for.
-
-  for topic, text in sorted(topics.items()):
-    heading, *blocks = re.split(r"\n\s*\n", text.strip())
+  for topic, text in _topic_texts():
+    heading, *blocks = re.split(r"\n\s*\n", text)
     title = heading.split("\n")[0].replace('"', "")
     for block in blocks:
       if not re.match(r"(?:   )?(?:[*•] +)?[A-Z]", block):

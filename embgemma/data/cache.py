@@ -1,11 +1,13 @@
 """The cache: each task tokenised once into ArrayRecord.
 
 A task's directory holds `examples-SSSSS.array_record`, `lengths.npy` and `index.json`,
-and appears under its name only when complete. `lengths.npy` holds the lengths of
-every example's texts, 0 where there is none: batches are planned from it without
-reading texts. `manifest` and reading need no TensorFlow; `build` does.
+and appears under its name only when complete. An example is a pair with its negatives,
+or a segment of a document. `lengths.npy` holds the lengths of every example's texts, 0
+where there is none: batches are planned from it without reading texts. `manifest` and
+reading need no TensorFlow; `build` does.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -20,22 +22,21 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
-from embgemma.data import prompts
-from embgemma.data.records import Example, content_hash, encode_example
-from embgemma.data.tasks import CACHE_FORMAT, FEATURES, DataConfig, digest
+from embgemma.data import tokenization
+from embgemma.data.records import Example, encode_example
+from embgemma.data.tasks import (
+  CACHE_FORMAT,
+  CachedData,
+  DataConfig,
+  TextDataConfig,
+  digest,
+)
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import DataError
 
 _SHARD_EXAMPLES = 1 << 18
-_STATISTICS = (
-  "examples",
-  "tokens",
-  "max_text_tokens",
-  "max_token_id",
-  "max_negatives",
-  "truncated",
-)
-_TOKENIZE_BATCH = 2048
+_STATISTICS = ("examples", "tokens", "max_text_tokens", "max_token_id")
+_PAIR_STATISTICS = ("max_negatives", "truncated")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,8 @@ class CachedTask:
     rate: Its weight in the mixture.
     directory: Where its files lie.
     statistics: What `index.json` says: examples, tokens, max_token_id,
-      max_text_tokens, max_negatives, truncated, skipped.
+      max_text_tokens, skipped; of pairs max_negatives and truncated; of documents
+      documents, and short: those of fewer tokens than a segment has at least.
   """
 
   name: str
@@ -59,14 +61,19 @@ class CachedTask:
   def paths(self) -> list[str]:
     return sorted(str(p) for p in self.directory.glob("*.array_record"))
 
+  @property
+  def texts(self) -> int:
+    """Texts of an example: 2 + max_negatives; 1 of segments."""
+    return 2 + self.statistics.get("max_negatives", -1)
+
   def lengths(self) -> np.ndarray:
-    """Tokens of each example's texts [examples, 2 + max_negatives], memory-mapped.
+    """Tokens of each example's texts [examples, texts], memory-mapped.
 
     Raises:
       DataError: they are missing, or not those of the examples.
     """
     path = self.directory / "lengths.npy"
-    expected = (self.statistics["examples"], 2 + self.statistics["max_negatives"])
+    expected = (self.statistics["examples"], self.texts)
     try:
       lengths = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
@@ -109,7 +116,7 @@ def _read_index(directory: pathlib.Path) -> dict[str, Any] | None:
   return index
 
 
-def manifest(config: DataConfig) -> Manifest | None:
+def manifest(config: CachedData) -> Manifest | None:
   """The complete caches of a configuration; None if `build` must run first.
 
   Raises:
@@ -150,69 +157,18 @@ def _finished_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _formatted(
-  example: dict[str, Any], kind: str | None
-) -> tuple[list[str], list[str]]:
-  """Texts with prompts, and what identifies each for duplicate detection."""
-  name = kind or example.get("task") or "search"
-  if name not in prompts.TASK_PROMPTS:
-    raise DataError(
-      f"unknown task kind {name!r} in the record whose query begins "
-      f"{example['query'][:60]!r}; there are {sorted(prompts.TASK_PROMPTS)}, or set "
-      "the task's kind in gin"
-    )
-  templates = prompts.TASK_PROMPTS[name]
-  title = example.get("title") or None
-  negatives = list(example.get("negatives", ()))
-  texts = [
-    templates.format_query(example["query"]),
-    templates.format_document(example["positive"], title),
-    *(templates.format_document(text) for text in negatives),
-  ]
-  label = example.get("label")
-  # Examples that share a label are positives of each other: one identity.
-  positive = (
-    f"label:{label}" if label else "\n".join(filter(None, (title, example["positive"])))
-  )
-  return texts, [example["query"], positive, *negatives]
-
-
-def _tokenized(
-  examples: Iterable[dict[str, Any]],
-  kind: str | None,
-  vocabulary: SentencePieceVocabulary,
-  config: DataConfig,
-) -> Iterator[Example]:
-  """Examples in order, tokenised in batches; negatives beyond max_negatives dropped."""
-  limits = config.lengths
-  examples = iter(examples)
-  while batch := list(itertools.islice(examples, _TOKENIZE_BATCH)):
-    formatted = [_formatted(example, kind) for example in batch]
-    queries = vocabulary.encode_batch([t[0] for t, _ in formatted], limits["query"])
-    positives = vocabulary.encode_batch(
-      [t[1] for t, _ in formatted], limits["positive"]
-    )
-    kept = [texts[2 : 2 + config.max_negatives] for texts, _ in formatted]
-    flat = iter(
-      vocabulary.encode_batch([t for texts in kept for t in texts], limits["negatives"])
-    )
-    for i, (_, identities) in enumerate(formatted):
-      negatives = [next(flat) for _ in kept[i]]
-      hashes = [content_hash(text) for text in identities[: 2 + len(negatives)]]
-      yield Example((queries[i], positives[i], *negatives), np.array(hashes, np.uint64))
-
-
 def write_examples(
-  directory: pathlib.Path, examples: Iterable[Example], limits: Sequence[int]
+  directory: pathlib.Path, examples: Iterable[Example], limits: Sequence[int] | None
 ) -> dict[str, Any]:
   """Writes a task's shards and lengths; returns the statistics.
 
   Args:
     directory: Of the task.
     examples: In order.
-    limits: Tokens at which queries, positives and negatives are cut.
+    limits: Tokens at which queries, positives and negatives are cut; None of segments.
   """
-  statistics = dict.fromkeys(_STATISTICS, 0)
+  names = _STATISTICS if limits is None else (*_STATISTICS, *_PAIR_STATISTICS)
+  statistics = dict.fromkeys(names, 0)
   examples = iter(examples)
   lengths: list[np.ndarray] = []
   while (first := next(examples, None)) is not None:
@@ -239,7 +195,7 @@ def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
 def _write_lengths(
   path: pathlib.Path, tables: Sequence[np.ndarray], statistics: dict[str, int]
 ) -> None:
-  shape = (statistics["examples"], 2 + statistics["max_negatives"])
+  shape = (statistics["examples"], 2 + statistics.get("max_negatives", -1))
   small = statistics["max_text_tokens"] < 2**16
   out = np.zeros(shape, np.uint16 if small else np.uint32)
   start = 0
@@ -249,23 +205,45 @@ def _write_lengths(
   np.save(path, out)
 
 
-def _count(statistics: dict[str, int], example: Example, limits: Sequence[int]) -> None:
+def _count(
+  statistics: dict[str, int], example: Example, limits: Sequence[int] | None
+) -> None:
   lengths = [len(tokens) for tokens in example.tokens]
   statistics["examples"] += 1
   statistics["tokens"] += sum(lengths)
-  # A text of exactly its limit counts as cut: no text is encoded twice to know.
-  statistics["truncated"] += sum(
-    length == limits[min(role, 2)] for role, length in enumerate(lengths)
-  )
-  for name, value in (
-    ("max_text_tokens", max(lengths)),
-    ("max_negatives", len(lengths) - 2),
-    ("max_token_id", max(int(tokens.max()) for tokens in example.tokens)),
-  ):
+  largest = {
+    "max_text_tokens": max(lengths),
+    "max_token_id": max(int(tokens.max()) for tokens in example.tokens),
+  }
+  if limits is not None:
+    largest["max_negatives"] = len(lengths) - 2
+    # A text of exactly its limit counts as cut: no text is encoded twice to know.
+    statistics["truncated"] += sum(
+      length == limits[min(role, 2)] for role, length in enumerate(lengths)
+    )
+  for name, value in largest.items():
     statistics[name] = max(statistics[name], value)
 
 
-def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
+def _write_records(
+  directory: pathlib.Path,
+  examples: Iterator[dict[str, Any]],
+  kind: str | None,
+  vocabulary: SentencePieceVocabulary,
+  config: CachedData,
+) -> dict[str, Any]:
+  """Writes what examples of the configuration's kind give; returns the statistics."""
+  if isinstance(config, TextDataConfig):
+    counts = collections.Counter(documents=0, short=0)
+    segments = tokenization.segments(examples, vocabulary, config.longest, counts)
+    return write_examples(directory, segments, None) | counts
+  assert isinstance(config, DataConfig)
+  limits = [config.lengths[feature] for feature in config.features]
+  pairs = tokenization.pairs(examples, kind, vocabulary, config)
+  return write_examples(directory, pairs, limits)
+
+
+def build(config: CachedData, log: Callable[[str], None]) -> Manifest:
   """Builds what is missing of the configuration's caches.
 
   Args:
@@ -292,41 +270,14 @@ def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
       [
         CACHE_FORMAT,
         fingerprints.get(task.name, [task.name, config.corpus_fingerprint()]),
-        sorted(config.lengths.items()),
-        config.max_negatives,
+        *config.record_key(),
         config.on_bad_record,
         vocabulary.fingerprint,
       ]
     )
     relative = pathlib.Path("tasks", f"{task.name}-{key}")
-    directory = config.cache_root / relative
-    if _read_index(directory) is None:
-      with _finished_directory(directory) as work:
-        examples = seqio_registry.examples(task, "train")
-        tokenized = _tokenized(examples, kinds.get(task.name), vocabulary, config)
-        limits = [config.lengths[feature] for feature in FEATURES]
-        statistics = write_examples(work, tokenized, limits)
-        if not statistics["examples"]:
-          raise DataError(f"task {task.name!r} has no examples")
-        skips = seqio_registry.skipped(task)
-        statistics["skipped"] = skips.count
-        files = {p.name: p.stat().st_size for p in work.iterdir()}
-        index = {
-          "format": CACHE_FORMAT,
-          "task": task.name,
-          "files": files,
-          "statistics": statistics,
-          "skipped": skips.listed,
-        }
-        (work / "index.json").write_text(json.dumps(index, indent=1))
-      log(
-        f"cached {task.name}: {statistics['examples']:,} examples, "
-        f"{statistics['tokens']:,} tokens"
-      )
-      if skips.count:
-        log(f"skipped {skips.count} bad records of {task.name}:")
-        for line in skips.listed:
-          log(f"  {line}")
+    if _read_index(config.cache_root / relative) is None:
+      _build_task(task, kinds.get(task.name), vocabulary, config, relative, log)
     entries.append({"name": task.name, "rate": rate, "directory": str(relative)})
   path = config.manifest_path()
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -338,8 +289,55 @@ def build(config: DataConfig, log: Callable[[str], None]) -> Manifest:
   return built
 
 
+def _build_task(
+  task: Any,
+  kind: str | None,
+  vocabulary: SentencePieceVocabulary,
+  config: CachedData,
+  relative: pathlib.Path,
+  log: Callable[[str], None],
+) -> None:
+  """Builds the cache of one seqio task.
+
+  Raises:
+    DataError: see `build`.
+  """
+  from embgemma.data import seqio_registry
+
+  examples = seqio_registry.examples(task, "train", config.content)
+  with (
+    _finished_directory(config.cache_root / relative) as work,
+    contextlib.closing(examples),  # and TensorFlow's iterator: see there
+  ):
+    statistics = _write_records(work, examples, kind, vocabulary, config)
+    if not statistics["examples"]:
+      raise DataError(f"task {task.name!r} has no examples")
+    skips = seqio_registry.skipped(task)
+    statistics["skipped"] = skips.count
+    files = {p.name: p.stat().st_size for p in work.iterdir()}
+    index = {
+      "format": CACHE_FORMAT,
+      "task": task.name,
+      "files": files,
+      "statistics": statistics,
+      "skipped": skips.listed,
+    }
+    (work / "index.json").write_text(json.dumps(index, indent=1))
+  line = (
+    f"cached {task.name}: {statistics['examples']:,} examples, "
+    f"{statistics['tokens']:,} tokens"
+  )
+  if "documents" in statistics:
+    line += f", of {statistics['documents']:,} documents"
+  log(line)
+  if skips.count:
+    log(f"skipped {skips.count} bad records of {task.name}:")
+    for listed in skips.listed:
+      log(f"  {listed}")
+
+
 def _ensure_vocabulary(
-  config: DataConfig,
+  config: CachedData,
   rated: list[tuple[Any, float]],
   kinds: dict[str, str | None],
   log: Callable[[str], None],
@@ -352,10 +350,15 @@ def _ensure_vocabulary(
 
   def texts() -> Iterator[str]:
     for task, _ in rated:
-      for example in seqio_registry.examples(task, "train"):
-        yield from _formatted(example, kinds.get(task.name))[0]
+      for example in seqio_registry.examples(task, "train", config.content):
+        if config.content == "text":
+          yield example["text"]
+        else:
+          yield from tokenization.pair_texts(example, kinds.get(task.name))[0]
 
   assert config.vocabulary_size is not None  # or the file would be there
   log(f"training a vocabulary of {config.vocabulary_size:,} pieces")
   path.parent.mkdir(parents=True, exist_ok=True)
-  train_vocabulary(texts(), config.vocabulary_size, path)
+  train_vocabulary(
+    texts(), config.vocabulary_size, path, sentinels=config.sentinels_trained
+  )

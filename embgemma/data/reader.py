@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -24,7 +25,7 @@ from embgemma.data.cache import CachedTask
 from embgemma.data.records import Records, decode_records
 from embgemma.data.tasks import digest
 from embgemma.errors import ConfigError, DataError
-from embgemma.typing import Int, PackedTexts
+from embgemma.typing import Int, PackedTexts, PyTree
 
 _BLOCK = 4096  # steps drawn from one counter of the generator
 _MAX_STEPS = 2**40
@@ -106,16 +107,24 @@ class StepBatch:
   Attributes:
     step: From 0.
     task: Name of the task.
-    pairs: The packed examples of this process's shards, numpy.
+    arrays: The packed examples of this process's shards, numpy: PackedPairs or
+      PackedSequences.
     real_tokens: Tokens of texts in the whole batch.
     slots: Tokens that the whole batch has room for.
   """
 
   step: int
   task: str
-  pairs: packing.PackedPairs
+  arrays: PyTree
   real_tokens: int
   slots: int
+
+
+@runtime_checkable
+class BatchSource(Protocol):
+  """The batch of any step, as a function of the step alone; can be pickled."""
+
+  def batch(self, step: int) -> StepBatch: ...
 
 
 @contextlib.contextmanager
@@ -126,8 +135,117 @@ def _damage(task: CachedTask) -> Iterator[None]:
     raise DataError(f"{task.directory}: {error}; delete it to rebuild it") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class ScheduledBatch:
+  """Which examples a step sees.
+
+  Attributes:
+    index: Of the task.
+    epoch: Of the task, from 0.
+    records: int [B], in the order of the batch.
+    lengths: int [B, T], tokens of their texts; 0 is none.
+  """
+
+  index: int
+  epoch: int
+  records: np.ndarray
+  lengths: np.ndarray
+
+
+class RecordSchedule:
+  """Which examples of which task a step sees, and reading them.
+
+  Args:
+    tasks: Complete caches.
+    batch_size: B, examples of the global batch.
+    seed: Of the run.
+    num_shards: Data shards of the mesh; divides batch_size.
+    vocabulary_size: Rows of the model's table, against which caches are checked.
+
+  Attributes:
+    tasks: As given.
+
+  Raises:
+    ConfigError: batch_size is larger than a task, or not divided by num_shards.
+    DataError: a cache holds token ids outside the table, or cannot be read.
+  """
+
+  def __init__(
+    self,
+    tasks: Sequence[CachedTask],
+    batch_size: int,
+    seed: int,
+    num_shards: int,
+    vocabulary_size: int,
+  ):
+    if batch_size < 1 or batch_size % num_shards:
+      raise ConfigError(
+        f"BATCH_SIZE {batch_size} must be a positive multiple of the mesh's "
+        f"{num_shards} data shards"
+      )
+    for task in tasks:
+      _check_task(task, batch_size, vocabulary_size)
+    self.tasks = list(tasks)
+    self._batch_size = batch_size
+    self._seed = seed
+    self._rates = tuple(float(task.rate) for task in tasks)
+    self._sources = []
+    for task in tasks:
+      with _damage(task):
+        self._sources.append(grain.sources.ArrayRecordDataSource(task.paths))
+    self._open_lengths()
+
+  def _open_lengths(self) -> None:
+    self._lengths = []
+    for task in self.tasks:
+      with _damage(task):
+        self._lengths.append(task.lengths())
+
+  def __getstate__(self):
+    # A worker process maps the lengths for itself; a pickle would hold them all.
+    return {k: v for k, v in self.__dict__.items() if k != "_lengths"}
+
+  def __setstate__(self, state):
+    self.__dict__.update(state)
+    self._open_lengths()
+
+  def sample(self, index: int) -> Int[np.ndarray, "n T"]:
+    """Lengths of some examples, from all over a task."""
+    lengths = self._lengths[index]
+    count = min(len(lengths), _PLANNED_EXAMPLES)
+    return lengths[np.sort(shuffled(np.arange(count), len(lengths), 0))].astype(int)
+
+  def at(self, step: int) -> ScheduledBatch:
+    """The examples of a step, from 0; an epoch of a task ends on a batch."""
+    index, earlier = scheduled_task(self._rates, self._seed, step)
+    size = self.tasks[index].statistics["examples"]
+    epoch, batch = divmod(earlier, size // self._batch_size)
+    key = int(digest([self._seed, self.tasks[index].name, epoch]), 16)
+    start = batch * self._batch_size
+    records = shuffled(np.arange(start, start + self._batch_size), size, key)
+    lengths = self._lengths[index][records].astype(int)
+    return ScheduledBatch(index, epoch, records, lengths)
+
+  def read(self, batch: ScheduledBatch, own: Int[np.ndarray, " b"]) -> Records:
+    """Some examples of a batch.
+
+    Args:
+      batch: Scheduled.
+      own: Their places in it.
+
+    Raises:
+      DataError: the cache is damaged.
+    """
+    with _damage(self.tasks[batch.index]):
+      read = self._sources[batch.index].__getitems__(batch.records[own].tolist())
+      records = decode_records(read, batch.lengths.shape[1])
+      if not np.array_equal(records.lengths, batch.lengths[own]):
+        raise DataError("lengths.npy is not of these examples")
+    return records
+
+
 class StepSource:
-  """The batch of any step.
+  """The batch of pairs of any step.
 
   Args:
     tasks: Complete caches.
@@ -160,76 +278,36 @@ class StepSource:
     microbatch_tokens: int | None = None,
     row_lengths: Sequence[int] = packing.ROW_LENGTHS,
   ):
-    if batch_size < 1 or batch_size % num_shards:
-      raise ConfigError(
-        f"BATCH_SIZE {batch_size} must be a positive multiple of the mesh's "
-        f"{num_shards} data shards"
-      )
-    for task in tasks:
-      _check_task(task, batch_size, vocabulary_size)
-    self._tasks = list(tasks)
-    self._batch_size = batch_size
-    self._seed = seed
+    self._schedule = RecordSchedule(
+      tasks, batch_size, seed, num_shards, vocabulary_size
+    )
     self._num_shards = num_shards
     self._own_shards = list(range(num_shards) if own_shards is None else own_shards)
-    self._rates = tuple(float(task.rate) for task in tasks)
-    self._sources = []
-    for task in tasks:
-      with _damage(task):
-        self._sources.append(grain.sources.ArrayRecordDataSource(task.paths))
-    self._open_lengths()
     self.plans = tuple(
       shape_plan.plan_shapes(
-        _sample(lengths),
+        self._schedule.sample(index),
         batch_size,
         num_shards,
         microbatch_tokens,
         row_lengths,
         task.statistics["max_text_tokens"],
       )
-      for task, lengths in zip(tasks, self._lengths, strict=True)
+      for index, task in enumerate(tasks)
     )
-
-  def _open_lengths(self) -> None:
-    self._lengths = []
-    for task in self._tasks:
-      with _damage(task):
-        self._lengths.append(task.lengths())
-
-  def __getstate__(self):
-    # A worker process maps the lengths for itself; a pickle would hold them all.
-    return {k: v for k, v in self.__dict__.items() if k != "_lengths"}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._open_lengths()
 
   def batch(self, step: int) -> StepBatch:
     """The batch of a step, from 0."""
-    index, earlier = scheduled_task(self._rates, self._seed, step)
-    task = self._tasks[index]
-    indices = self._example_indices(index, earlier)
-    lengths = self._lengths[index][indices].astype(int)
+    scheduled = self._schedule.at(step)
+    lengths = scheduled.lengths
     shards = shape_plan.deal_examples(lengths, self._num_shards)
     texts = [shape_plan.shard_texts(lengths[shard]) for shard in shards]
-    shapes, placements = self.plans[index].lay_out(texts)
+    shapes, placements = self.plans[scheduled.index].lay_out(texts)
     own = np.concatenate([shards[shard] for shard in self._own_shards])
-    with _damage(task):
-      read = self._sources[index].__getitems__(indices[own].tolist())
-      records = decode_records(read, lengths.shape[1])
-      if not np.array_equal(records.lengths, lengths[own]):
-        raise DataError("lengths.npy is not of these examples")
+    records = self._schedule.read(scheduled, own)
     pairs = _packed(records, shapes, [placements[shard] for shard in self._own_shards])
     slots = self._num_shards * sum(shape.tokens for shape in shapes)
-    return StepBatch(step, task.name, pairs, int(lengths.sum()), slots)
-
-  def _example_indices(self, index: int, earlier: int) -> Int[np.ndarray, " B"]:
-    """Records of a task's `earlier`-th batch (from 0); an epoch ends on a batch."""
-    size = self._tasks[index].statistics["examples"]
-    epoch, batch = divmod(earlier, size // self._batch_size)
-    key = int(digest([self._seed, self._tasks[index].name, epoch]), 16)
-    start = batch * self._batch_size
-    return shuffled(np.arange(start, start + self._batch_size), size, key)
+    name = self._schedule.tasks[scheduled.index].name
+    return StepBatch(step, name, pairs, int(lengths.sum()), slots)
 
 
 def _check_task(task: CachedTask, batch_size: int, vocabulary_size: int) -> None:
@@ -244,12 +322,6 @@ def _check_task(task: CachedTask, batch_size: int, vocabulary_size: int) -> None
       f"task {task.name!r} holds token id {task.statistics['max_token_id']}, the "
       f"model's table has {vocabulary_size} rows; the vocabulary is not the model's"
     )
-
-
-def _sample(lengths: np.ndarray) -> Int[np.ndarray, "n T"]:
-  """Lengths of some examples, from all over a task."""
-  count = min(len(lengths), _PLANNED_EXAMPLES)
-  return lengths[np.sort(shuffled(np.arange(count), len(lengths), 0))].astype(int)
 
 
 def _packed(
@@ -305,7 +377,7 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 def read_batches(
-  source: StepSource, start_step: int, num_threads: int, num_workers: int
+  source: BatchSource, start_step: int, num_threads: int, num_workers: int
 ) -> Iterator[StepBatch]:
   """Batches of steps start_step, start_step + 1, …, read ahead.
 

@@ -1,6 +1,6 @@
 """The record codec: one tokenised example as bytes, little-endian.
 
-uint32 number of texts T (query, positive, negatives)
+uint32 number of texts T (query, positive, negatives; or one segment of a document)
 uint64[T] content hashes    uint32[T] lengths    int32[...] token ids, in order
 """
 
@@ -15,11 +15,12 @@ from embgemma.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """Tokenised texts of one example: query, positive, then negatives.
+  """Tokenised texts of one example: query, positive, then negatives; or a segment.
 
   Attributes:
     tokens: int32 token ids of each text.
-    hashes: uint64 [T], content hashes of the texts without prompts.
+    hashes: uint64 [T], content hashes of the texts without prompts; of a segment's
+      whole document.
   """
 
   tokens: tuple[np.ndarray, ...]
@@ -54,7 +55,8 @@ class Records:
     words: int32, the records end to end.
     starts: int [B, T], where in `words` each text begins.
     lengths: int [B, T], tokens of each text; 0 is none.
-    hashes: uint32 [B, 2, 2], of queries and positives, low word first.
+    hashes: uint32 [B, 2, 2], of queries and positives, low word first; [B, 1, 2] of
+      segments.
   """
 
   words: np.ndarray
@@ -68,7 +70,7 @@ def decode_records(records: Sequence[bytes], texts: int) -> Records:
 
   Args:
     records: Of a task.
-    texts: T, the most that any of its examples has.
+    texts: T, the most that any of its examples has; 1 of segments.
 
   Raises:
     DataError: the size of a record does not fit its header.
@@ -79,15 +81,16 @@ def decode_records(records: Sequence[bytes], texts: int) -> Records:
   begin = np.cumsum(sizes // 4) - sizes // 4
   counts = words[begin].astype("<u4").astype(int)
   header = 1 + 3 * counts
-  _check(sizes, (counts >= 2) & (counts <= texts) & (4 * header <= sizes))
+  least = min(2, texts)
+  _check(sizes, (counts >= least) & (counts <= texts) & (4 * header <= sizes))
   columns = np.arange(texts)
   present = columns < counts[:, None]
   place = np.where(present, (begin + 1 + 2 * counts)[:, None] + columns, 0)
   lengths = np.where(present, words.view("<u4")[place], 0).astype(int)
   _check(sizes, 4 * (header + lengths.sum(axis=1)) == sizes)
   starts = (begin + header)[:, None] + np.cumsum(lengths, axis=1) - lengths
-  hashes = words.view("<u4")[begin[:, None] + np.arange(1, 5)]
-  return Records(words, starts, lengths, hashes.reshape(-1, 2, 2))
+  hashes = words.view("<u4")[begin[:, None] + np.arange(1, 1 + 2 * least)]
+  return Records(words, starts, lengths, hashes.reshape(-1, least, 2))
 
 
 def _check(sizes: np.ndarray, sound: np.ndarray) -> None:

@@ -1,9 +1,10 @@
 """Tasks and mixtures in seqio. Imports TensorFlow: only cache building comes here.
 
-A task, ours or a user's, yields these features, all tf.string and without prompts:
-`query` and `positive` (rank 0), and, where it has them, `negatives` (rank 1),
+A task of pairs, ours or a user's, yields these features, all tf.string and without
+prompts: `query` and `positive` (rank 0), and, where it has them, `negatives` (rank 1),
 `title`, `task` (the kind that picks the prompts) and `label` (rank 0; examples of
-one label are no negatives of each other). Register one in a module named in MODULES:
+one label are no negatives of each other). A task of documents yields `text` (rank 0),
+with TEXT_FEATURES. Register one in a module named in MODULES:
 
     seqio.TaskRegistry.add(
       "faq", source=seqio.TfdsDataSource(...), preprocessors=[...],
@@ -12,23 +13,30 @@ one label are no negatives of each other). Register one in a module named in MOD
 
 import functools
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from embgemma.data import sources
-from embgemma.data.tasks import DataConfig, Task
+from embgemma.data.tasks import CachedData, Task
 from embgemma.errors import ConfigError, DataError
 
 # Prompts and tokenisation come after seqio, in Python (`cache`): SentencePiece
 # with Gemma's rules is not expressible as a TF op.
 _TEXT = seqio.PassThroughVocabulary(size=0)
-OUTPUT_FEATURES = {
-  name: seqio.Feature(
+
+
+def _feature(required: bool, rank: int) -> seqio.Feature:
+  return seqio.Feature(
     _TEXT, add_eos=False, required=required, dtype=tf.string, rank=rank
   )
+
+
+TEXT_FEATURES = {"text": _feature(True, 0)}
+OUTPUT_FEATURES = {
+  name: _feature(required, rank)
   for name, required, rank in (
     ("query", True, 0),
     ("positive", True, 0),
@@ -40,10 +48,13 @@ OUTPUT_FEATURES = {
 }
 
 
-class PairDataSource(seqio.DataSource):
+_FEATURES = {"pairs": OUTPUT_FEATURES, "text": TEXT_FEATURES}
+
+
+class PythonDataSource(seqio.DataSource):
   """A seqio source over one of our pure-Python sources."""
 
-  def __init__(self, source: sources.JsonlSource | sources.BuiltinSource, policy: str):
+  def __init__(self, source: sources.PythonSource, policy: str):
     self._source = source
     self._policy = policy
     self.skipped = sources.SkipLog()
@@ -79,16 +90,11 @@ class PairDataSource(seqio.DataSource):
     del shuffle, seed, unused
     if shard_info is not None and shard_info.num_shards > 1:
       raise ConfigError(f"{self._source} cannot be split into shards")
-    text = tf.TensorSpec([], tf.string)
     return tf.data.Dataset.from_generator(
       functools.partial(self._examples, split),
       output_signature={
-        "query": text,
-        "positive": text,
-        "negatives": tf.TensorSpec([None], tf.string),
-        "title": text,
-        "task": text,
-        "label": text,
+        name: tf.TensorSpec([None] * feature.rank, feature.dtype)
+        for name, feature in _FEATURES[self._source.content].items()
       },
     )
 
@@ -127,7 +133,7 @@ def _data_source(task: Task, policy: str) -> seqio.DataSource:
     return seqio.TFExampleDataSource(
       split_to_filepattern={"train": source.pattern}, feature_description=features
     )
-  return PairDataSource(source, policy)
+  return PythonDataSource(source, policy)
 
 
 def _densify(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -140,12 +146,12 @@ def _densify(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset.map(dense, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def register(config: DataConfig) -> list[tuple[seqio.Task, float]]:
+def register(config: CachedData) -> list[tuple[seqio.Task, float]]:
   """Registers what the configuration declares; the run's tasks with their rates.
 
   Raises:
     ConfigError: the mixture or task is not known to seqio, or a task of it does not
-      have the features `query` and `positive`.
+      have the features `query` and `positive`, or `text`.
   """
   for module in config.modules:
     importlib.import_module(module)
@@ -161,7 +167,7 @@ def register(config: DataConfig) -> list[tuple[seqio.Task, float]]:
       task.name,
       source=_data_source(task, config.on_bad_record),
       preprocessors=preprocessors,
-      output_features=OUTPUT_FEATURES,
+      output_features=_FEATURES[config.content],
     )
   name = config.mixture_or_task_name
   known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
@@ -178,24 +184,34 @@ def register(config: DataConfig) -> list[tuple[seqio.Task, float]]:
     rated = [(chosen, 1.0)]
   else:
     rated = [(task, float(chosen.get_rate(task))) for task in chosen.tasks]
+  expected = _FEATURES[config.content]
+  required = {name for name, feature in expected.items() if feature.required}
   for task, _ in rated:
-    missing = {"query", "positive"} - set(task.output_features)
+    missing = required - set(task.output_features)
     if missing:
       raise ConfigError(
         f"seqio task {task.name!r} has no feature {sorted(missing)}; see "
-        "embgemma.data.seqio_registry.OUTPUT_FEATURES"
+        "embgemma.data.seqio_registry, OUTPUT_FEATURES of pairs and TEXT_FEATURES"
       )
   return rated
 
 
-def examples(task: seqio.Task, split: str) -> Iterator[dict[str, Any]]:
+def examples(
+  task: seqio.Task, split: str, content: str
+) -> Generator[dict[str, Any], None, None]:
   """Examples of a seqio task as Python strings, in source order.
+
+  Args:
+    task: Registered.
+    split: Of the task.
+    content: "pairs" or "text".
 
   Raises:
     DataError: a bad record, or one that seqio, TFDS or TensorFlow could not read.
       `on_bad_record` is for built-in and JSONL sources; other tasks filter in their
       preprocessors.
   """
+  failure: DataError | None = None
   try:
     dataset = task.get_dataset(
       sequence_length=None, split=split, shuffle=False, num_epochs=1
@@ -206,19 +222,23 @@ def examples(task: seqio.Task, split: str) -> Iterator[dict[str, Any]]:
         if key == "negatives"
         else value.decode("utf-8")
         for key, value in example.items()
-        if key in OUTPUT_FEATURES
+        if key in _FEATURES[content]
       }
-      if isinstance(task.source, PairDataSource):
+      if isinstance(task.source, PythonDataSource):
         yield texts  # checked where its file and line were known
       else:
-        yield sources.pair_example(texts, f"task {task.name!r}, example {index}")
+        check = sources.text_example if content == "text" else sources.pair_example
+        yield check(texts, f"task {task.name!r}, example {index}")
   except (tf.errors.OpError, ValueError) as error:
-    kept = getattr(task.source, "error", None)
-    if kept is not None:
-      raise kept from None
     # What follows the first line is a graph, or a list of a thousand datasets.
     reason = str(error).partition("\n")[0]
-    raise DataError(f"task {task.name!r}, split {split!r}: {reason}") from error
+    failure = getattr(task.source, "error", None) or DataError(
+      f"task {task.name!r}, split {split!r}: {reason}"
+    )
+  # Not in the handler: TensorFlow's error holds its iterator, and an iterator that is
+  # alive when Python ends has threads that may wait for Python forever.
+  if failure is not None:
+    raise failure
 
 
 def skipped(task: seqio.Task) -> sources.SkipLog:

@@ -84,9 +84,9 @@ class ShapePlan:
 
   def longest(self, rows: int) -> GroupShape:
     """The group of longest rows: the first of its ladder with as many rows."""
-    rows = max(_multiple(rows, self.step_rows), self.least_rows)
-    microbatches, rows = _microbatched(rows, self.length, self.microbatch_tokens)
-    slots = min(_multiple(self.crowding * rows, 8), self.texts)
+    rows = max(multiple(rows, self.step_rows), self.least_rows)
+    microbatches, rows = microbatched(rows, self.length, self.microbatch_tokens)
+    slots = min(multiple(self.crowding * rows, 8), self.texts)
     if microbatches == 1 and not self.short:
       slots = self.texts
     return GroupShape(self.length, microbatches, rows, slots)
@@ -113,18 +113,18 @@ class ShapePlan:
     return (*self.short, shape), [tuple(placements) for placements in placed]
 
 
-def _multiple(number: int | float, step: int) -> int:
+def multiple(number: int | float, step: int) -> int:
   """The least multiple of `step` that is no less."""
   return step * math.ceil(number / step)
 
 
-def _microbatched(rows: int, length: int, tokens: int | None) -> tuple[int, int]:
+def microbatched(rows: int, length: int, tokens: int | None) -> tuple[int, int]:
   """The number of microbatches and the rows of each that hold `rows`, few in vain."""
   most = rows if tokens is None else max(1, tokens // length)
   if rows <= most:
     return 1, rows
   sizes = range(most, most // 2, -1)
-  waste = [_multiple(rows, size) - rows for size in sizes]
+  waste = [multiple(rows, size) - rows for size in sizes]
   # The largest with next to no padding.
   bound = max(min(waste), 0.02 * rows)
   each = next(s for s, w in zip(sizes, waste, strict=True) if w <= bound)
@@ -316,7 +316,7 @@ def _short_shapes(
     own = np.where(of_class == index, lengths, 0).sum(axis=1)
     rows = int((size * own.mean() - 2 * math.sqrt(size) * own.std()) / length)
     if rows >= 1:
-      microbatches, each = _microbatched(rows, length, tokens)
+      microbatches, each = microbatched(rows, length, tokens)
       each = rows // microbatches
       shapes.append(GroupShape(length, microbatches, each, each * length))
   return shapes
@@ -346,7 +346,7 @@ def _plan(
       placements, left = fill(texts, short)
       layout = best_fit(left, length)
       most = max(most, layout.rows)
-      microbatches, rows = _microbatched(max(1, layout.rows), length, microbatch_tokens)
+      microbatches, rows = microbatched(max(1, layout.rows), length, microbatch_tokens)
       crowd = [_crowd(texts, p, s) for p, s in zip(placements, short, strict=True)]
       crowds = np.maximum(crowds, [*crowd, crowding(layout, microbatches) / rows])
     needed.append(most)
@@ -354,11 +354,11 @@ def _plan(
   step = 1 << max(0, round(math.log2(max(deviation / length, 1))))
   return ShapePlan(
     short=tuple(
-      dataclasses.replace(shape, slots=_multiple(1.1 * crowd * shape.rows + 4, 8))
+      dataclasses.replace(shape, slots=multiple(1.1 * crowd * shape.rows + 4, 8))
       for shape, crowd in zip(short, crowds[:-1], strict=True)
     ),
     length=length,
-    least_rows=_multiple(max(1, typical - deviation / length), step),
+    least_rows=multiple(max(1, typical - deviation / length), step),
     step_rows=step,
     typical_rows=math.ceil(typical),
     crowding=1.1 * max(float(crowds[-1]), 1.0),

@@ -1,10 +1,13 @@
-"""Where pairs come from: built-in corpus, JSONL files, TFDS, TFRecord.
+"""Where examples come from: built-in corpus, files, TFDS, TFRecord.
+
+An example is a pair, or the text of a document: a source's `content` says which.
 
 Sources are frozen dataclasses: gin builds them, their fingerprint keys the cache.
-Built-in and JSONL sources yield examples in pure Python; the TensorFlow ones are
-opened by `embgemma.data.tasks`, which hands all of them to seqio.
+Built-in and file sources yield examples in pure Python; the TensorFlow ones are
+opened by `embgemma.data.seqio_registry`, which hands all of them to seqio.
 """
 
+import abc
 import dataclasses
 import glob
 import gzip
@@ -70,8 +73,20 @@ def decode_line(path: str | os.PathLike[str], number: int, line: bytes) -> str:
     ) from error
 
 
-def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes) -> dict:
+_PAIR_LINE = '{"query": "…", "positive": "…"}'
+_TEXT_LINE = '{"text": "…"}'
+
+
+def parse_json_line(
+  path: str | os.PathLike[str], number: int, line: bytes, like: str = _PAIR_LINE
+) -> dict:
   """The object on one JSONL line.
+
+  Args:
+    path: Of the file.
+    number: Of the line.
+    line: Without its end.
+    like: An object as it should be, for the message.
 
   Raises:
     DataError: empty line, invalid UTF-8, malformed JSON or not an object.
@@ -87,7 +102,7 @@ def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes) -> d
   if not isinstance(value, dict):
     raise DataError(
       f"{where}: expected a JSON object, got {type(value).__name__}; one object "
-      'like {"query": "…", "positive": "…"} a line'
+      f"like {like} a line"
     )
   return value
 
@@ -127,11 +142,15 @@ def string_field(
   return value
 
 
-def _text(record: Mapping[str, Any], key: str, where: str) -> str:
+def _text(
+  record: Mapping[str, Any],
+  key: str,
+  where: str,
+  needs: str = '"query" and "positive"',
+) -> str:
   if record.get(key) is None:
     raise DataError(
-      f'{where}: no "{key}"; a record needs "query" and "positive", has '
-      f"{sorted(record)}"
+      f'{where}: no "{key}"; a record needs {needs}, has {sorted(record)}'
     )
   value = string_field(record, key, where)
   if not value.strip():
@@ -174,24 +193,41 @@ def pair_example(record: Mapping[str, Any], where: str) -> dict[str, Any]:
   }
 
 
+def text_example(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+  """One record as the feature that every task of documents has.
+
+  Args:
+    record: {"text"}; other keys are ignored.
+    where: File and line, for messages.
+
+  Returns:
+    text: str.
+
+  Raises:
+    DataError: the text is missing, empty or no string.
+  """
+  return {"text": _text(record, "text", where, needs='"text"')}
+
+
 def _fingerprint(*parts: Any) -> str:
   encoded = json.dumps(parts, sort_keys=True, default=str).encode()
   return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonlSource:
-  """Pairs in JSONL files: one path, a glob, or several; plain or .gz.
-
-  Attributes:
-    path: The training file or files.
-    limit: Read only the first so many records; None is all of them.
-  """
+class _FileSource(abc.ABC):
+  """Examples in files, one a line."""
 
   path: str | tuple[str, ...]
   limit: int | None = None
 
   splits = ("train",)
+  content = "pairs"
+  _format = "JSONL"
+
+  @abc.abstractmethod
+  def _example(self, path: str, number: int, line: bytes) -> dict[str, Any] | None:
+    """The example on a line; None if there is none."""
 
   def files(self) -> list[str]:
     """Matching files, sorted.
@@ -205,7 +241,9 @@ class JsonlSource:
       # A plain path may hold glob characters.
       matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
       if not matches:
-        raise DataError(f"{pattern}: no such file; check the path of the JSONL task")
+        raise DataError(
+          f"{pattern}: no such file; check the path of the {self._format} task"
+        )
       found.extend(matches)
     return found
 
@@ -213,13 +251,15 @@ class JsonlSource:
     """Changes when a file is replaced or written to."""
     stats = [(os.path.abspath(f), os.stat(f)) for f in self.files()]
     return _fingerprint(
-      "jsonl", self.limit, [(f, s.st_size, s.st_mtime_ns) for f, s in stats]
+      self._format.lower(),
+      self.limit,
+      [(f, s.st_size, s.st_mtime_ns) for f, s in stats],
     )
 
   def examples(
     self, split: str, on_bad_record: str, skipped: SkipLog
   ) -> Iterator[dict[str, Any]]:
-    """Examples in file order; see `pair_example`.
+    """Examples in file order.
 
     Raises:
       DataError: the first bad record, unless `on_bad_record` is "skip".
@@ -231,8 +271,7 @@ class JsonlSource:
         if count == self.limit:
           return
         try:
-          record = parse_json_line(path, number, line)
-          example = pair_example(record, f"{path}:{number}")
+          example = self._example(path, number, line)
         except DataError as error:
           if on_bad_record != "skip":
             raise DataError(
@@ -240,8 +279,60 @@ class JsonlSource:
             ) from error
           skipped.add(error)
           continue
-        count += 1
-        yield example
+        if example is not None:
+          count += 1
+          yield example
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlSource(_FileSource):
+  """Pairs in JSONL files: one path, a glob, or several; plain or .gz.
+
+  Attributes:
+    path: The training file or files.
+    limit: Read only the first so many records; None is all of them.
+  """
+
+  def _example(self, path: str, number: int, line: bytes) -> dict[str, Any] | None:
+    return pair_example(parse_json_line(path, number, line), f"{path}:{number}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFileSource(_FileSource):
+  """Documents in files: one path, a glob, or several; plain or .gz.
+
+  A .jsonl file has an object with "text" a line; a .txt file a document a line, and
+  its blank lines are none.
+
+  Attributes:
+    path: The training file or files.
+    limit: Read only the first so many documents; None is all of them.
+  """
+
+  content = "text"
+  _format = "text"
+
+  def files(self) -> list[str]:
+    """Matching files, sorted.
+
+    Raises:
+      DataError: nothing matches, or a file is of another kind.
+    """
+    found = super().files()
+    for path in found:
+      if not path.removesuffix(".gz").endswith((".jsonl", ".txt")):
+        raise DataError(
+          f"{path}: neither .jsonl ({_TEXT_LINE} a line) nor .txt (a document a line), "
+          "perhaps with .gz; rename or convert it"
+        )
+    return found
+
+  def _example(self, path: str, number: int, line: bytes) -> dict[str, Any] | None:
+    where = f"{path}:{number}"
+    if path.removesuffix(".gz").endswith(".jsonl"):
+      return text_example(parse_json_line(path, number, line, _TEXT_LINE), where)
+    text = decode_line(path, number, line)
+    return {"text": text} if text.strip() else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,10 +344,13 @@ class BuiltinSource:
   splits = ("train", "validation")
 
   def __post_init__(self):
-    if self.task not in builtin_corpus.TASKS:
-      raise ConfigError(
-        f"unknown built-in task {self.task!r}; there are {sorted(builtin_corpus.TASKS)}"
-      )
+    names = sorted([*builtin_corpus.TASKS, *builtin_corpus.TEXT_TASKS])
+    if self.task not in names:
+      raise ConfigError(f"unknown built-in task {self.task!r}; there are {names}")
+
+  @property
+  def content(self) -> str:
+    return "text" if self.task in builtin_corpus.TEXT_TASKS else "pairs"
 
   def fingerprint(self) -> str:
     return _fingerprint("builtin", self.task, builtin_corpus.fingerprint())
@@ -266,6 +360,9 @@ class BuiltinSource:
   ) -> Iterator[dict[str, Any]]:
     """Examples of the split; the corpus holds no bad records."""
     del on_bad_record, skipped
+    if self.content == "text":
+      yield from builtin_corpus.documents(self.task, split)
+      return
     for index, record in enumerate(builtin_corpus.examples(self.task, split)):
       yield pair_example(record, f"builtin:{self.task}[{index}]")
 
@@ -276,7 +373,8 @@ class TfdsSource:
 
   Attributes:
     name: TFDS name with version, such as "natural_questions_open:1.0.0".
-    fields: Our feature name to the dataset's, such as {"query": "question"}.
+    fields: Our feature name to the dataset's, such as {"query": "question"}; {"text":
+      "article"} for documents.
     data_dir: TFDS data directory; None is TFDS's default.
     split: The split to train on.
   """
@@ -288,6 +386,10 @@ class TfdsSource:
 
   splits = ("train",)
 
+  @property
+  def content(self) -> str:
+    return _content(self.fields)
+
   def fingerprint(self) -> str:
     return _fingerprint("tfds", self.name, dict(self.fields), self.data_dir, self.split)
 
@@ -298,13 +400,17 @@ class TfrecordSource:
 
   Attributes:
     pattern: File pattern, such as "/data/pairs-*.tfrecord".
-    fields: Our feature name to the record's.
+    fields: Our feature name to the record's; {"text": "article"} for documents.
   """
 
   pattern: str
   fields: Mapping[str, str]
 
   splits = ("train",)
+
+  @property
+  def content(self) -> str:
+    return _content(self.fields)
 
   def fingerprint(self) -> str:
     files = sorted(glob.glob(self.pattern))
@@ -314,7 +420,12 @@ class TfrecordSource:
     return _fingerprint("tfrecord", stats, dict(self.fields))
 
 
-Source = JsonlSource | BuiltinSource | TfdsSource | TfrecordSource
+def _content(fields: Mapping[str, str]) -> str:
+  return "text" if "text" in fields else "pairs"
+
+
+PythonSource = JsonlSource | TextFileSource | BuiltinSource
+Source = PythonSource | TfdsSource | TfrecordSource
 
 
 def module_fingerprint(name: str) -> str:

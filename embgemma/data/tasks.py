@@ -4,31 +4,44 @@ What is declared here is registered with seqio by `embgemma.data.seqio_registry`
 a cache is built, and only then.
 """
 
+import abc
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from embgemma.data import builtin_corpus, prompts, sources
+from embgemma.data.denoisers import (
+  Denoiser,
+  Sentinels,
+  check_segment,
+  feature_names,
+  longest_segment,
+  sentinels_needed,
+  t5gemma2,
+)
+from embgemma.data.denoising import Corruption
+from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError, DataError
 
 FEATURES = ("query", "positive", "negatives")
+TRAINED_SENTINELS = 128  # of a vocabulary trained here, if a mixture needs no more
 # Part of every fingerprint: a cache of another format is another cache.
 CACHE_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """One data set of pairs.
+  """One data set, of pairs or of documents.
 
   Attributes:
     name: Unique in the run; letters, digits, "_" and ".", as seqio has it.
     source: Where its examples come from.
-    kind: Which prompts both sides get, a key of `prompts.TASK_PROMPTS`; None is
-      each record's own "task" if it has one, else "search".
+    kind: Which prompts both sides of a pair get, a key of `prompts.TASK_PROMPTS`; None
+      is each record's own "task" if it has one, else "search". Documents have none.
     rate: Its weight in the mixture.
   """
 
@@ -42,6 +55,10 @@ class Task:
       raise ConfigError(
         f"task name {self.name!r}: use letters, digits, '_' and '.' only"
       )
+    if self.kind is not None and self.source.content == "text":
+      raise ConfigError(
+        f"task {self.name!r}: documents get no prompts; drop kind {self.kind!r}"
+      )
     if self.kind is not None and self.kind not in prompts.TASK_PROMPTS:
       raise ConfigError(
         f"task {self.name!r}: unknown kind {self.kind!r}; there are "
@@ -51,6 +68,8 @@ class Task:
       raise ConfigError(f"task {self.name!r}: rate must be > 0, got {self.rate!r}")
 
   def fingerprint(self) -> list[Any]:
+    if self.source.content == "text":
+      return [self.name, self.source.fingerprint()]
     kinds = {kind: dataclasses.astuple(p) for kind, p in prompts.TASK_PROMPTS.items()}
     return [self.name, self.kind, self.source.fingerprint(), kinds]
 
@@ -63,7 +82,50 @@ def builtin_tasks() -> tuple[Task, ...]:
   )
 
 
+def builtin_text_tasks() -> tuple[Task, ...]:
+  """All documents of the built-in corpus: batches of each in proportion to its size."""
+  rates = {"stdlib_modules": 30.0, "stdlib_reference": 1.0}
+  return tuple(
+    Task(name, sources.BuiltinSource(name), rate=rates[name])
+    for name in builtin_corpus.TEXT_TASKS
+  )
+
+
 _JSONL_KEYS = {"path", "kind", "rate", "limit"}
+_TEXT_KEYS = {"path", "rate", "limit"}
+
+
+def _file_entry(
+  what: str, name: str, entry: str | Mapping[str, Any], keys: set[str]
+) -> dict[str, Any]:
+  """An entry's options, its path a string or a tuple of them."""
+  options: dict[str, Any]
+  options = {"path": entry} if isinstance(entry, str) else dict(entry)
+  if set(options) - keys or "path" not in options:
+    raise ConfigError(
+      f"{what} task {name!r}: needs 'path' and takes {sorted(keys)}, got "
+      f"{sorted(options)}"
+    )
+  path = options["path"]
+  return options | {"path": path if isinstance(path, str) else tuple(path)}
+
+
+def text_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...]:
+  """Tasks from files of documents, one entry each; see `sources.TextFileSource`.
+
+  Args:
+    files: Task name to a path, or to {"path": str or list, "rate"?: float,
+      "limit"?: int}.
+
+  Raises:
+    ConfigError: an entry has an unknown key or no path.
+  """
+  tasks = []
+  for name, entry in files.items():
+    options = _file_entry("text", name, entry, _TEXT_KEYS)
+    source = sources.TextFileSource(options["path"], options.get("limit"))
+    tasks.append(Task(name, source, rate=options.get("rate", 1.0)))
+  return tuple(tasks)
 
 
 def jsonl_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...]:
@@ -78,17 +140,8 @@ def jsonl_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...
   """
   tasks = []
   for name, entry in files.items():
-    options: dict[str, Any]
-    options = {"path": entry} if isinstance(entry, str) else dict(entry)
-    unknown = set(options) - _JSONL_KEYS
-    if unknown or "path" not in options:
-      raise ConfigError(
-        f"JSONL task {name!r}: needs 'path' and takes {sorted(_JSONL_KEYS)}, "
-        f"got {sorted(options)}"
-      )
-    path = options["path"]
-    path = path if isinstance(path, str) else tuple(path)
-    source = sources.JsonlSource(path, options.get("limit"))
+    options = _file_entry("JSONL", name, entry, _JSONL_KEYS)
+    source = sources.JsonlSource(options["path"], options.get("limit"))
     tasks.append(Task(name, source, options.get("kind"), options.get("rate", 1.0)))
   return tuple(tasks)
 
@@ -100,20 +153,18 @@ def default_cache_dir() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What is trained on.
+class CachedData(abc.ABC):
+  """What data of both kinds is described by: tasks and a vocabulary.
 
   Attributes:
     mixture_or_task_name: A task of `tasks`; or one registered with seqio by
       `modules`; or any other name, which then means the mixture of all `tasks`.
-    lengths: Most tokens of a query, a positive and a negative, BOS, EOS and prompt
-      included: TASK_FEATURE_LENGTHS with keys query, positive, negatives.
+    lengths: TASK_FEATURE_LENGTHS.
     tasks: Tasks declared in gin.
     modules: Python modules that register seqio tasks and mixtures on import.
     vocabulary: A SentencePiece model file; None trains one of `vocabulary_size`
       pieces on the mixture's texts.
     vocabulary_size: Pieces of a vocabulary trained here.
-    max_negatives: Hard negatives kept of each example, M.
     cache_dir: Where tokenised tasks are kept; None is `default_cache_dir`.
     on_bad_record: "fail" or "skip".
   """
@@ -124,9 +175,11 @@ class DataConfig:
   modules: Sequence[str] = ()
   vocabulary: str | None = None
   vocabulary_size: int | None = None
-  max_negatives: int = 1
   cache_dir: str | None = None
   on_bad_record: str = "fail"
+
+  content: ClassVar[str]  # of its tasks' sources
+  _macro: ClassVar[str]  # that declares tasks
 
   def __post_init__(self):
     object.__setattr__(self, "tasks", tuple(self.tasks))
@@ -137,12 +190,41 @@ class DataConfig:
       raise ConfigError(f"tasks named twice: {duplicates}")
     if not self.tasks and not self.modules:
       raise ConfigError(
-        "no tasks: give JSONL_TASKS = {'name': 'pairs.jsonl'}, or MODULES that "
-        "register seqio tasks"
+        f"no tasks: give {self._macro}, or MODULES that register seqio tasks"
       )
-    if set(self.lengths) != set(FEATURES):
+    for task in self.tasks:
+      if task.source.content != self.content:
+        raise ConfigError(
+          f"task {task.name!r} has {task.source.content}, and this stage trains on "
+          f"{self.content}; give {self._macro}"
+        )
+    self._check_lengths()
+    if self.on_bad_record not in sources.BAD_RECORD_POLICIES:
       raise ConfigError(
-        f"TASK_FEATURE_LENGTHS must have the keys {FEATURES}, got {dict(self.lengths)}"
+        f"on_bad_record must be one of {sources.BAD_RECORD_POLICIES}, "
+        f"got {self.on_bad_record!r}"
+      )
+    if self.vocabulary is None and self.vocabulary_size is None:
+      raise ConfigError(
+        "no vocabulary: set VOCABULARY to a SentencePiece model (such as Gemma's "
+        "tokenizer.model) or VOCABULARY_SIZE to train one on the mixture"
+      )
+
+  @property
+  @abc.abstractmethod
+  def features(self) -> tuple[str, ...]:
+    """Keys of `lengths`."""
+
+  @property
+  def sentinels_trained(self) -> int:
+    """Sentinels of a vocabulary trained here."""
+    return TRAINED_SENTINELS
+
+  def _check_lengths(self) -> None:
+    if set(self.lengths) != set(self.features):
+      raise ConfigError(
+        f"TASK_FEATURE_LENGTHS must have the keys {self.features}, got "
+        f"{dict(self.lengths)}"
       )
     for feature, length in self.lengths.items():
       if not isinstance(length, int) or length < 3:
@@ -150,18 +232,6 @@ class DataConfig:
           f"TASK_FEATURE_LENGTHS[{feature!r}] must be at least 3 (BOS, a piece, EOS), "
           f"got {length!r}"
         )
-    if self.on_bad_record not in sources.BAD_RECORD_POLICIES:
-      raise ConfigError(
-        f"on_bad_record must be one of {sources.BAD_RECORD_POLICIES}, "
-        f"got {self.on_bad_record!r}"
-      )
-    if not isinstance(self.max_negatives, int) or self.max_negatives < 0:
-      raise ConfigError(f"max_negatives must be >= 0, got {self.max_negatives!r}")
-    if self.vocabulary is None and self.vocabulary_size is None:
-      raise ConfigError(
-        "no vocabulary: set VOCABULARY to a SentencePiece model (such as Gemma's "
-        "tokenizer.model) or VOCABULARY_SIZE to train one on the mixture"
-      )
 
   @property
   def cache_root(self) -> pathlib.Path:
@@ -196,8 +266,18 @@ class DataConfig:
       if not path.is_file():
         raise DataError(f"{path}: no such SentencePiece model; check VOCABULARY")
       return path
-    key = digest(["vocabulary", self.vocabulary_size, self.corpus_fingerprint()])
-    return self.cache_root / "vocabularies" / key / "tokenizer.model"
+    seen = ["vocabulary", self.vocabulary_size, self.corpus_fingerprint()]
+    if self.sentinels_trained != TRAINED_SENTINELS:
+      seen.append(self.sentinels_trained)
+    return self.cache_root / "vocabularies" / digest(seen) / "tokenizer.model"
+
+  @abc.abstractmethod
+  def record_key(self) -> list[Any]:
+    """What records depend on beside texts and vocabulary."""
+
+  def reading_key(self) -> list[Any]:
+    """What batches depend on beside the records."""
+    return []
 
   def manifest_path(self) -> pathlib.Path:
     """The file that names the caches of this configuration, once they are complete."""
@@ -208,13 +288,139 @@ class DataConfig:
         CACHE_FORMAT,
         self.corpus_fingerprint(),
         sorted((task.name, task.rate) for task in self.selected()),
-        sorted(self.lengths.items()),
-        self.max_negatives,
+        *self.record_key(),
         vocabulary,
+        *self.reading_key(),
       ]
     )
     name = f"{self.mixture_or_task_name}-{key}.json"
     return self.cache_root / "mixtures" / name
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(CachedData):
+  """Pairs to train an embedder on.
+
+  Attributes:
+    lengths: Most tokens of a query, a positive and a negative, BOS, EOS and prompt
+      included: TASK_FEATURE_LENGTHS with keys query, positive, negatives.
+    max_negatives: Hard negatives kept of each example, M.
+  """
+
+  max_negatives: int = 1
+
+  content = "pairs"
+  _macro = "JSONL_TASKS = {'name': 'pairs.jsonl'}"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not isinstance(self.max_negatives, int) or self.max_negatives < 0:
+      raise ConfigError(f"max_negatives must be >= 0, got {self.max_negatives!r}")
+
+  @property
+  def features(self) -> tuple[str, ...]:
+    return FEATURES
+
+  def record_key(self) -> list[Any]:
+    return [sorted(self.lengths.items()), self.max_negatives]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDataConfig(CachedData):
+  """Documents to pretrain an encoder-decoder or a decoder on.
+
+  Documents are cut into segments, of which the cache has one a record; segments are
+  corrupted as they are read, and packed into rows of the lengths.
+
+  Attributes:
+    lengths: Tokens of a row of inputs and of one of targets, controls included:
+      TASK_FEATURE_LENGTHS with keys inputs and targets; targets alone where all
+      denoisers are causal.
+    denoisers: The mixture, such as `denoisers.t5gemma2()`.
+    segment_tokens: Most tokens of a segment; None is as many as fit the lengths under
+      every denoiser. Fewer fill rows better: more than one segment fits a row.
+    sentinels: None is those of the vocabulary, `<unused100>` and on. For a vocabulary
+      that has none: ids that no text gives, such as rows of the model's table beyond
+      the vocabulary.
+  """
+
+  denoisers: Sequence[Denoiser] = t5gemma2()
+  segment_tokens: int | None = None
+  sentinels: Sentinels | None = None
+
+  content = "text"
+  _macro = "TEXT_TASKS = {'name': 'documents.jsonl'}"
+
+  def __post_init__(self):
+    object.__setattr__(self, "denoisers", tuple(self.denoisers))
+    super().__post_init__()
+    check_segment(self.denoisers, self.lengths, self.longest)
+
+  @property
+  def features(self) -> tuple[str, ...]:
+    return feature_names(self.denoisers)
+
+  @property
+  def longest(self) -> int:
+    """Most tokens of a segment."""
+    if self.segment_tokens is not None:
+      return self.segment_tokens
+    return longest_segment(self.denoisers, self.lengths)
+
+  @property
+  def sentinels_trained(self) -> int:
+    # `sentinel_ids` leaves the block's first to others.
+    return max(TRAINED_SENTINELS, 1 + sentinels_needed(self.denoisers, self.longest))
+
+  def record_key(self) -> list[Any]:
+    return ["segments", self.longest]
+
+  def reading_key(self) -> list[Any]:
+    sentinels = self.sentinels and dataclasses.astuple(self.sentinels)
+    mixture = [dataclasses.astuple(denoiser) for denoiser in self.denoisers]
+    return [sorted(self.lengths.items()), mixture, sentinels]
+
+  def corruption(
+    self, vocabulary: SentencePieceVocabulary, table_rows: int
+  ) -> Corruption:
+    """What is done to segments of this vocabulary.
+
+    Args:
+      vocabulary: Of the run.
+      table_rows: Of the model's table: ids must be below.
+
+    Raises:
+      ConfigError: there are too few sentinels, or a sentinel or mode token is an id
+        that texts have, or outside the table.
+    """
+    sentinels, found = self.sentinels, vocabulary.sentinel_ids()
+    if sentinels is None and found:
+      sentinels = Sentinels(found.start, len(found))
+    modes = [d.mode for d in self.denoisers if d.mode is not None]
+    controls = {vocabulary.pad_id, vocabulary.bos_id, vocabulary.eos_id}
+    used = [] if sentinels is None else list(sentinels.ids)
+    for what, ids in (("sentinel", used), ("mode token", modes)):
+      for token_id in ids:
+        reason = None
+        if token_id >= table_rows:
+          reason = f"the model's table has {table_rows} rows"
+        elif vocabulary.is_text(token_id) or token_id in controls:
+          reason = "it is a piece of the vocabulary that texts use"
+        elif what == "mode token" and token_id in used:
+          reason = "it is a sentinel too"
+        if reason is not None:
+          raise ConfigError(
+            f"{what} {token_id}: {reason}; choose an id of an <unusedN> piece, or one "
+            "between the vocabulary's size and the table's"
+          )
+    return Corruption(
+      tuple(self.denoisers),
+      self.lengths,
+      self.longest,
+      sentinels,
+      vocabulary.bos_id,
+      vocabulary.eos_id,
+    )
 
 
 def digest(value: Any) -> str:

@@ -27,10 +27,12 @@ _CONTROL_NAME = re.compile(
   r"|\[(?:multimodal|@BOS@|toxicity=\d+)\]"
 )
 _INNER_SPACE = re.compile("[^▁ ][▁ ]")
+_PART = 1 << 16  # characters of a document that are encoded at a time
 
 _ROLES: dict[str, Any] = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
 _ROLES |= {"eos_piece": "<eos>", "bos_piece": "<bos>"}
 _LOW_UNUSED = 99
+_FIRST_SENTINEL = _LOW_UNUSED + 1
 _LOW_SPECIALS = ["<mask>", "[multimodal]"]
 _LOW_SPECIALS += [f"<unused{i}>" for i in range(_LOW_UNUSED)]
 _LOW_SPECIALS += ["<start_of_turn>", "<end_of_turn>"]
@@ -81,6 +83,7 @@ class SentencePieceVocabulary:
     self.size = len(model.pieces)
     self._longest = max(len(piece.piece) for piece in model.pieces)
     self._splits_at_spaces = _splits_at_spaces(model)
+    self._prepends_space = model.normalizer_spec.add_dummy_prefix
     processor = sentencepiece.SentencePieceProcessor()
     try:
       processor.LoadFromSerializedProto(_without_control_matches(model, serialized))
@@ -106,6 +109,29 @@ class SentencePieceVocabulary:
     if self._processor.id_to_piece(token_id) != piece:
       raise DataError(f"vocabulary {self._name} has no piece {piece!r}")
     return token_id
+
+  def is_text(self, token_id: int) -> bool:
+    """Returns whether encoding a text can give the id."""
+    if not 0 <= token_id < self.size:
+      return False
+    piece = self._processor
+    return not (piece.is_control(token_id) or piece.is_unused(token_id))
+
+  def sentinel_ids(self) -> range:
+    """Returns the ids of `<unused100>`, `<unused101>`, … that lie end to end.
+
+    The high block of Gemma's layout but for its first piece, which T5Gemma 2 takes for
+    images: 256002 to 262143 in Gemma 3, and the last ids of a vocabulary trained here.
+    """
+    first = self._processor.piece_to_id(f"<unused{_FIRST_SENTINEL}>")
+    count = 0
+    while (
+      first + count < self.size
+      and self._processor.id_to_piece(first + count)
+      == f"<unused{_FIRST_SENTINEL + count}>"
+    ):
+      count += 1
+    return range(first, first + count)
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the model as it was read, byte for byte and atomically."""
@@ -144,6 +170,22 @@ class SentencePieceVocabulary:
     )
     return [np.array([self.bos_id, *p[:room], self.eos_id], np.int32) for p in pieces]
 
+  def encode_documents(
+    self, texts: Sequence[str], num_threads: int = -1
+  ) -> list[np.ndarray]:
+    """Returns an int32 array of all pieces of each text, without BOS and EOS.
+
+    Raises:
+      DataError: a text holds a lone surrogate.
+    """
+    _check_texts(texts)
+    parts = [self._parts(text) for text in texts]
+    encoded = self._processor.encode(
+      [part for own in parts for part in own], out_type=int, num_threads=num_threads
+    )
+    pieces = iter(encoded)
+    return [np.array([i for _ in own for i in next(pieces)], np.int32) for own in parts]
+
   def decode(self, ids: Iterable[int] | np.ndarray) -> str:
     """Returns the text of ids; control ids (pad, bos, eos, unused) give no text.
 
@@ -171,6 +213,19 @@ class SentencePieceVocabulary:
       return text
     place = _INNER_SPACE.search(text, bound)
     return text[: place.start() + 1] if place else text
+
+  def _parts(self, text: str) -> list[str]:
+    """Returns the text in parts whose pieces, end to end, are the whole text's.
+
+    For the reason that `_cut` gives; parts are encoded in parallel, in little memory.
+    """
+    if not self._splits_at_spaces or self._prepends_space:
+      return [text]
+    parts, start = [], 0
+    while place := _INNER_SPACE.search(text, start + _PART):
+      parts.append(text[start : place.start() + 1])
+      start = place.start() + 1
+    return [*parts, text[start:]]
 
 
 def _parse(serialized: bytes, name: str) -> ModelProto:

@@ -218,7 +218,7 @@ def _run_steps(
         interval.waited_for_input(waited)
         if run.profiler is not None:
           run.profiler.waited(waited)
-        pairs = place_pairs(batch.pairs, run.mesh)
+        pairs = place_pairs(batch.arrays, run.mesh)
         with jax.transfer_guard("disallow"):
           state, metrics = run.train_step(state, pairs)
         interval.add(step, batch, metrics)

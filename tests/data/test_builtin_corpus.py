@@ -262,6 +262,42 @@ def test_long_texts_are_cut_at_white_space(small_library):
   assert positive == ("word " * 400).strip()
 
 
+def test_documents_are_whole(small_library):
+  (small_library / "boxes").mkdir()
+  (small_library / "boxes" / "big.py").write_text(_MODULE)
+  (small_library / "empty.py").write_text("\n")
+  documents = list(builtin_corpus.documents("stdlib_modules", "train"))
+  assert documents == [{"text": _MODULE}]
+  assert not list(builtin_corpus.documents("stdlib_modules", "validation"))
+
+
+def test_topics_are_split_as_their_pairs_are(corpus):
+  """A held-out topic is in no training text."""
+  texts = {
+    split: [d["text"] for d in builtin_corpus.documents("stdlib_reference", split)]
+    for split in builtin_corpus.SPLITS
+  }
+  assert len(texts["train"]) > 2 * len(texts["validation"]) > 0
+  assert not set(texts["train"]) & set(texts["validation"])
+  # The first words of a topic's pairs lie in a text of the same split.
+  for split, documents in texts.items():
+    joined = " ".join(" ".join(documents).split())
+    queries = [
+      record["query"]
+      for record in corpus["stdlib_topics", split]
+      if record["source"].startswith("pydoc_data")
+    ]
+    assert queries
+    assert all(query in joined for query in queries)
+
+
+def test_unknown_text_task():
+  with pytest.raises(ConfigError, match="there are: stdlib_modules, stdlib_reference"):
+    builtin_corpus.documents("stdlib_docs", "train")
+  with pytest.raises(ConfigError, match="there are: train, validation"):
+    builtin_corpus.documents("stdlib_modules", "test")
+
+
 def test_library_without_source(small_library):
   with pytest.raises(DataError, match=r"has no \.py files"):
     next(builtin_corpus.examples("stdlib_docs", "train"))

@@ -44,6 +44,27 @@ def test_lengths_are_those_of_the_texts(tmp_path, monkeypatch, longest):
   assert statistics["truncated"] >= len(counts)
 
 
+def test_segments(tmp_path, monkeypatch):
+  monkeypatch.setattr(cache, "_SHARD_EXAMPLES", 4)
+  statistics = cache.write_examples(tmp_path, _examples([1] * 9), None)
+  task = cache.CachedTask("task", 1.0, tmp_path, statistics)
+  assert task.texts == 1
+  assert task.lengths().shape == (9, 1)
+  source = grain.sources.ArrayRecordDataSource(task.paths)
+  records = decode_records([source[i] for i in range(9)], 1)
+  np.testing.assert_array_equal(task.lengths(), records.lengths)
+  ids = [
+    records.words[start : start + length]
+    for start, length in zip(records.starts[:, 0], records.lengths[:, 0], strict=True)
+  ]
+  assert statistics == {
+    "examples": 9,
+    "tokens": 270,
+    "max_text_tokens": 30,
+    "max_token_id": np.concatenate(ids).max(),
+  }
+
+
 @pytest.mark.parametrize(
   ("damage", "message"),
   [("gone", "cannot be read"), ("cut", "cannot be read"), ("other", r"is \(2, 2\), ")],

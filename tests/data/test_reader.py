@@ -66,7 +66,7 @@ def _joined(words) -> np.ndarray:
 
 def _examples(batch, num_shards=1) -> list[tuple]:
   """Query, positive, negatives, hashes and mask of each example, unpacked."""
-  pairs = batch.pairs
+  pairs = batch.arrays
   size = len(pairs.query_hash) // num_shards
   negatives = pairs.negative_mask.shape[1]
   roles = []
@@ -98,7 +98,7 @@ def test_a_batch_is_its_examples(tasks, num_shards, microbatch_tokens):
   for step in range(6):
     batch = source.batch(step)
     negatives = {"plain": 2, "bare": 0}[batch.task]
-    assert batch.pairs.negative_mask.shape == (8, negatives)
+    assert batch.arrays.negative_mask.shape == (8, negatives)
     total = 0
     for query, positive, own, *hashes, mask in _examples(batch, num_shards):
       number = query[0]
@@ -111,7 +111,7 @@ def test_a_batch_is_its_examples(tasks, num_shards, microbatch_tokens):
       assert query != positive
       total += len(query) + len(positive) + sum(map(len, own))
     assert batch.real_tokens == total
-    shapes = batch.pairs.group_shapes(num_shards)
+    shapes = batch.arrays.group_shapes(num_shards)
     assert batch.slots == num_shards * sum(shape.tokens for shape in shapes)
     assert total <= batch.slots
     if microbatch_tokens and num_shards == 1:
@@ -147,14 +147,14 @@ def test_a_process_has_its_part_of_the_batch(tasks, own):
       parts = np.split(array, 4, axis)
       return np.concatenate([parts[shard] for shard in own], axis)
 
-    for mine, group in zip(ours.pairs.groups, expected.pairs.groups, strict=True):
+    for mine, group in zip(ours.arrays.groups, expected.arrays.groups, strict=True):
       for name in ("tokens", "positions", "text_ids", "starts", "lengths"):
         np.testing.assert_array_equal(
           getattr(mine, name), taken(getattr(group, name), 1)
         )
     for name in ("slots", "query_hash", "positive_hash", "negative_mask"):
       np.testing.assert_array_equal(
-        getattr(ours.pairs, name), taken(getattr(expected.pairs, name), 0)
+        getattr(ours.arrays, name), taken(getattr(expected.arrays, name), 0)
       )
 
 

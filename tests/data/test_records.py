@@ -43,6 +43,26 @@ def test_round_trip(batch, texts):
     assert not read.lengths[row, len(example.tokens) :].any()
 
 
+@given(st.lists(st.tuples(_TOKENS, st.integers(0, 2**64 - 1)), min_size=1, max_size=5))
+def test_segments_round_trip(segments):
+  examples = [_example([segment]) for segment in segments]
+  read = decode_records([encode_example(example) for example in examples], 1)
+  assert read.hashes.shape == (len(segments), 1, 2)
+  for row, (tokens, hashed) in enumerate(segments):
+    low, high = read.hashes[row, 0].tolist()
+    assert low | high << 32 == hashed
+    start, length = read.starts[row, 0], read.lengths[row, 0]
+    assert read.words[start : start + length].tolist() == tokens
+
+
+def test_pairs_are_no_segments():
+  record = encode_example(_example([([1, 2], 0), ([3], 0)]))
+  with pytest.raises(DataError, match="is damaged"):
+    decode_records([record], 1)
+  with pytest.raises(DataError, match="is damaged"):
+    decode_records([encode_example(_example([([1, 2], 0)]))], 2)
+
+
 def test_format():
   """As documented, byte for byte: caches outlive versions."""
   example = Example(

@@ -4,6 +4,7 @@ One file, so that TensorFlow is imported by one test process only.
 """
 
 import dataclasses
+import gc
 import json
 import pathlib
 import random
@@ -12,10 +13,17 @@ import grain
 import numpy as np
 import pytest
 
-from embgemma.data import cache
+from embgemma.data import cache, tokenization
+from embgemma.data.denoisers import causal_lm
 from embgemma.data.records import Example, content_hash, decode_records
-from embgemma.data.sources import JsonlSource, TfdsSource, TfrecordSource
-from embgemma.data.tasks import DataConfig, Task
+from embgemma.data.sources import (
+  BuiltinSource,
+  JsonlSource,
+  TextFileSource,
+  TfdsSource,
+  TfrecordSource,
+)
+from embgemma.data.tasks import DataConfig, Task, TextDataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 
@@ -185,6 +193,26 @@ def test_unknown_kind_in_a_record(make, write):
     _build(make(Task("p", JsonlSource(path))))
 
 
+def _iterators() -> list:
+  """TensorFlow's iterators that are alive."""
+  return [item for item in gc.get_objects() if type(item).__name__ == "OwnedIterator"]
+
+
+@pytest.mark.parametrize(
+  "record", ["{}", '{"query": "q", "positive": "p", "task": "x"}']
+)
+@pytest.mark.parametrize("vocabulary", [None, "given"])
+def test_a_failure_leaves_no_iterator(make, write, record, vocabulary):
+  """One alive when Python ends can keep the process from ending."""
+  path = write("p.jsonl", [*_pairs(2), record, *_pairs(500)])
+  options = {} if vocabulary else {"vocabulary": None, "vocabulary_size": 700}
+  gc.collect()
+  with pytest.raises(DataError) as caught:
+    _build(make(Task("p", JsonlSource(path)), **options))
+  assert caught.value.__traceback__ is not None
+  assert not _iterators()
+
+
 def test_vocabulary_of_the_mixture(make, write, words):
   pairs = zip(words[:200], words[200:], strict=True)
   path = write("p.jsonl", ({"query": q, "positive": p} for q, p in pairs))
@@ -238,7 +266,7 @@ def test_one_task_of_several(make, write):
 
 def test_many_shards_keep_the_order(make, write, vocabulary, monkeypatch):
   monkeypatch.setattr(cache, "_SHARD_EXAMPLES", 4)
-  monkeypatch.setattr(cache, "_TOKENIZE_BATCH", 3)
+  monkeypatch.setattr(tokenization, "_TOKENIZE_BATCH", 3)
   path = write("p.jsonl", _pairs(13))
   manifest, _ = _build(make(Task("p", JsonlSource(path))))
   (task,) = manifest.tasks
@@ -520,3 +548,183 @@ def test_registered_by_the_users_module(make, tmp_path, monkeypatch, vocabulary)
 def test_module_that_is_not_there(make):
   with pytest.raises(ConfigError, match="module 'no_such_tasks'.*PYTHONPATH"):
     _build(make(modules=["no_such_tasks"]))
+
+
+@pytest.fixture
+def make_text(tf, tmp_path, vocabulary):
+  """Configurations of documents, cut into segments of up to 12 tokens."""
+  del tf
+
+  def make_text(*tasks: Task, **options) -> TextDataConfig:
+    defaults = {
+      "mixture_or_task_name": "everything",
+      "lengths": {"inputs": 32, "targets": 32},
+      "segment_tokens": 12,
+      "vocabulary": str(vocabulary),
+      "cache_dir": str(tmp_path / "cache"),
+    }
+    return TextDataConfig(tasks=tasks, **defaults | options)
+
+  return make_text
+
+
+def _segments(task) -> list[tuple[int, np.ndarray]]:
+  """Content hash and token ids of each segment."""
+  source = grain.sources.ArrayRecordDataSource(task.paths)
+  read = decode_records([source[i] for i in range(len(source))], 1)
+  np.testing.assert_array_equal(task.lengths(), read.lengths)
+  words = read.hashes[:, 0].astype(np.uint64)
+  hashes = (words[:, 0] | words[:, 1] << np.uint64(32)).tolist()
+  spans = zip(read.starts[:, 0], read.lengths[:, 0], strict=True)
+  return [
+    (hashed, read.words[start : start + length])
+    for hashed, (start, length) in zip(hashes, spans, strict=True)
+  ]
+
+
+def _documents(task, vocabulary) -> list[str]:
+  """Documents in order, their segments joined."""
+  found: dict[int, list[int]] = {}
+  for hashed, tokens in _segments(task):
+    found.setdefault(hashed, []).extend(tokens.tolist())
+  vocabulary = SentencePieceVocabulary(vocabulary)
+  texts = [vocabulary.decode(tokens) for tokens in found.values()]
+  assert [content_hash(text) for text in texts] == list(found)
+  return texts
+
+
+def test_documents_to_segments(make_text, write, words, vocabulary, monkeypatch):
+  monkeypatch.setattr(tokenization, "_TOKENIZE_BATCH", 3)
+  monkeypatch.setattr(tokenization, "_TOKENIZE_CHARACTERS", 90)
+  texts = [*words[:20], " ".join(words[20:60]), "a", "\n two\n\nlines ", "cab <eos>"]
+  lines = write("a.jsonl", ({"text": text, "title": "t"} for text in texts))
+  plain = write("b.txt", [*words[60:70], "", *words[70:80]])
+  config = make_text(
+    Task("objects", TextFileSource(lines), rate=3.0),
+    Task("lines", TextFileSource(plain)),
+  )
+  manifest, log = _build(config)
+  assert manifest == cache.manifest(config)
+  second, first = manifest.tasks
+  assert (first.name, first.rate) == ("objects", 3.0)
+  assert _documents(first, vocabulary) == [text for text in texts if text != "a"]
+  assert _documents(second, vocabulary) == words[60:80]
+  segments = [tokens for _, tokens in _segments(first)]
+  lengths = [len(tokens) for tokens in segments]
+  assert max(lengths) <= 12
+  assert min(lengths) >= 2
+  assert min(map(int, np.concatenate(segments))) > 4  # no BOS, EOS or padding
+  assert first.statistics == {
+    "examples": len(segments),
+    "tokens": sum(lengths),
+    "max_text_tokens": max(lengths),
+    "max_token_id": int(np.concatenate(segments).max()),
+    "documents": 24,
+    "short": 1,
+    "skipped": 0,
+  }
+  assert any(f"cached objects: {len(segments)} exam" in line for line in log)
+  assert any(line.endswith("tokens, of 24 documents") for line in log)
+
+
+def test_mixtures_share_segments(make_text, write, words):
+  task = Task("t", TextFileSource(write("a.txt", words)))
+  first, _ = _build(make_text(task))
+  config = make_text(task, denoisers=causal_lm(), lengths={"targets": 40})
+  assert cache.manifest(config) is None  # its own, so that no run resumes another's
+  second, log = _build(config)
+  assert second.tasks == first.tasks
+  assert log == []
+  other, _ = _build(make_text(task, segment_tokens=11))
+  assert other.tasks[0].directory != first.tasks[0].directory
+
+
+def test_vocabulary_of_documents(make_text, write, words):
+  """With as many sentinels as segments need, beyond those of pairs."""
+  task = Task("t", TextFileSource(write("a.txt", words)))
+  lengths = {"inputs": 4096, "targets": 4096}
+  options = {"vocabulary": None, "vocabulary_size": 800, "segment_tokens": None}
+  config = make_text(task, lengths=lengths, **options)
+  manifest, _ = _build(config)
+  trained = SentencePieceVocabulary(manifest.vocabulary)
+  assert len(trained.sentinel_ids()) == config.sentinels_trained - 1 > 127
+  config.corruption(trained, trained.size)
+  few, _ = _build(make_text(task, **options))
+  assert len(SentencePieceVocabulary(few.vocabulary).sentinel_ids()) == 127
+
+
+def test_bad_documents(make_text, write):
+  path = write("a.jsonl", [{"text": "good cab"}, {"query": "q"}, {"text": "bad cab"}])
+  task = Task("t", TextFileSource(path))
+  with pytest.raises(DataError, match=f'{path}:2: no "text"'):
+    _build(make_text(task))
+  manifest, log = _build(make_text(task, on_bad_record="skip"))
+  assert manifest.tasks[0].statistics["documents"] == 2
+  assert log[-2] == "skipped 1 bad records of t:"
+  path = write("b.txt", ["a"])
+  with pytest.raises(DataError, match="task 't' has no examples"):
+    _build(make_text(Task("t", TextFileSource(path))))
+
+
+def test_builtin_documents(make_text, monkeypatch, vocabulary):
+  def documents(task, split):
+    return iter([{"text": f"{task} {split}"}])
+
+  monkeypatch.setattr("embgemma.data.sources.builtin_corpus.documents", documents)
+  source = BuiltinSource("stdlib_reference")
+  manifest, _ = _build(make_text(Task("reference", source)))
+  assert _documents(manifest.tasks[0], vocabulary) == ["stdlib_reference train"]
+
+
+def test_tfds_documents(make_text, tfds_dir, vocabulary):
+  source = TfdsSource("tiny:1.0.0", {"text": "question"}, tfds_dir)
+  manifest, _ = _build(make_text(Task("t", source)))
+  expected = [f"train {i}" for i in range(5)]
+  assert sorted(_documents(manifest.tasks[0], vocabulary)) == expected
+
+
+def test_tfrecord_documents(make_text, tfrecord, vocabulary):
+  path = tfrecord("a.tfrecord", [b"one cab", b"two cabs"])
+  manifest, _ = _build(make_text(Task("t", TfrecordSource(path, {"text": "q"}))))
+  assert _documents(manifest.tasks[0], vocabulary) == ["one cab", "two cabs"]
+  path = tfrecord("b.tfrecord", [b"one cab", b" "])
+  with pytest.raises(DataError, match="task 't', example 1: \"text\" is empty"):
+    _build(make_text(Task("t", TfrecordSource(path, {"text": "q"}))))
+
+
+_TEXT_MODULE = """
+import seqio
+import tensorflow as tf
+
+from embgemma.data.seqio_registry import OUTPUT_FEATURES, TEXT_FEATURES
+
+
+def dataset(split, shuffle_files, seed=None):
+  texts = [f"text {i}" for i in range(4)]
+  return tf.data.Dataset.from_tensor_slices({"text": texts, "query": texts})
+
+
+for name, features in (
+  ("my_text", TEXT_FEATURES),
+  ("my_half", {"query": OUTPUT_FEATURES["query"]}),
+):
+  seqio.TaskRegistry.add(
+    name,
+    source=seqio.FunctionDataSource(dataset, splits=("train",)),
+    preprocessors=[],
+    output_features=features,
+  )
+"""
+
+
+def test_documents_registered_by_the_users_module(
+  make_text, tmp_path, monkeypatch, vocabulary
+):
+  (tmp_path / "my_text_tasks.py").write_text(_TEXT_MODULE)
+  monkeypatch.syspath_prepend(tmp_path)
+  options = {"modules": ["my_text_tasks"], "mixture_or_task_name": "my_text"}
+  manifest, _ = _build(make_text(**options))
+  expected = [f"text {i}" for i in range(4)]
+  assert _documents(manifest.tasks[0], vocabulary) == expected
+  with pytest.raises(ConfigError, match=r"'my_half' has no feature \['text'\]"):
+    _build(make_text(**options | {"mixture_or_task_name": "my_half"}))

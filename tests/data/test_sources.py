@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from embgemma.data import sources
-from embgemma.data.sources import JsonlSource, SkipLog
+from embgemma.data.sources import JsonlSource, SkipLog, TextFileSource
 from embgemma.errors import ConfigError, DataError
 
 _GOOD = b'{"query": "q", "positive": "p"}'
@@ -235,6 +235,73 @@ def test_builtin_source(monkeypatch):
   assert (example["query"], example["positive"]) == ("stdlib_topics", "validation")
   with pytest.raises(ConfigError, match="unknown built-in task 'other'; there are"):
     sources.BuiltinSource("other")
+
+
+def test_builtin_documents(monkeypatch):
+  def documents(task, split):
+    return iter([{"text": f"{task} {split}"}])
+
+  monkeypatch.setattr(sources.builtin_corpus, "documents", documents)
+  source = sources.BuiltinSource("stdlib_modules")
+  assert source.content == "text"
+  (example,) = source.examples("validation", "fail", SkipLog())
+  assert example == {"text": "stdlib_modules validation"}
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_documents(write, suffix, end):
+  texts = ["one", " two\u2028\n ", "three"]
+  lines = [json.dumps({"text": text, "title": "ignored"}).encode() for text in texts]
+  path = write(*lines, name=f"a.jsonl{suffix}", end=end)
+  assert _examples(TextFileSource(path)) == [{"text": text} for text in texts]
+  path = write(b"one", b"", b" \t", " zwei é".encode(), name=f"a.txt{suffix}", end=end)
+  skipped = SkipLog()
+  found = _examples(TextFileSource(path), "skip", skipped)
+  assert found == [{"text": "one"}, {"text": " zwei é"}]
+  assert skipped.count == 0
+  assert _examples(TextFileSource(path, limit=1)) == [{"text": "one"}]
+
+
+@pytest.mark.parametrize(
+  ("name", "line", "message"),
+  [
+    ("a.jsonl", b"", "empty line; each line must hold one JSON object"),
+    ("a.jsonl", b"[1]", r'one object like {"text": "…"} a line'),
+    (
+      "a.jsonl",
+      _GOOD,
+      r"""no "text"; a record needs "text", has \['positive', 'query'""",
+    ),
+    ("a.jsonl", b'{"text": 3}', '"text" must be a string, got int'),
+    ("a.jsonl", b'{"text": " "}', '"text" is empty'),
+    ("a.jsonl", rb'{"text": "\ud800"}', '"text" holds a lone surrogate'),
+    ("a.txt", b"\xff", "invalid UTF-8 at byte 0"),
+  ],
+)
+def test_bad_document(write, name, line, message):
+  good = b'{"text": "good"}'
+  path = write(good, line, good, name=name)
+  with pytest.raises(DataError, match=message) as caught:
+    _examples(TextFileSource(path))
+  assert str(caught.value).startswith(f"{path}:2: ")
+  assert "--on_bad_record=skip" in str(caught.value)
+  skipped = SkipLog()
+  assert len(_examples(TextFileSource(path), "skip", skipped)) == 2
+  assert skipped.count == 1
+
+
+def test_documents_in_a_file_of_another_kind(write):
+  path = write(b"one", name="a.md")
+  with pytest.raises(DataError, match=r"a\.md: neither \.jsonl .* nor \.txt"):
+    TextFileSource(path).files()
+  with pytest.raises(DataError, match="no such file; check the path of the text task"):
+    TextFileSource(path + "x").files()
+
+
+def test_pairs_and_documents_of_one_file_are_cached_apart(write):
+  path = write(_GOOD)
+  assert TextFileSource(path).fingerprint() != JsonlSource(path).fingerprint()
 
 
 def test_tfrecord_without_files(tmp_path):

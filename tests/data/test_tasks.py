@@ -6,8 +6,10 @@ import jaxtyping
 import pytest
 
 from embgemma.data import tasks
-from embgemma.data.sources import BuiltinSource, JsonlSource
-from embgemma.data.tasks import DataConfig, Task
+from embgemma.data.denoisers import Denoiser, Sentinels, causal_lm, prefix_lm, ul2
+from embgemma.data.sources import BuiltinSource, JsonlSource, TextFileSource
+from embgemma.data.tasks import DataConfig, Task, TextDataConfig
+from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 
 _LENGTHS = {"query": 16, "positive": 32, "negatives": 32}
@@ -158,3 +160,177 @@ def test_manifest_follows_what_is_cached(config, tmp_path):
     path = changed().manifest_path()
     assert path not in seen
     seen.add(path)
+
+
+_TEXT_LENGTHS = {"inputs": 64, "targets": 64}
+
+
+@pytest.fixture
+def text_config(tmp_path) -> TextDataConfig:
+  path = tmp_path / "a.txt"
+  path.write_text("a document\n")
+  vocabulary = tmp_path / "tokenizer.model"
+  vocabulary.write_bytes(b"any")
+  return TextDataConfig(
+    "mixture",
+    _TEXT_LENGTHS,
+    (Task("a", TextFileSource(str(path))),),
+    vocabulary=str(vocabulary),
+    cache_dir=str(tmp_path / "cache"),
+  )
+
+
+def test_text_tasks():
+  entry = {"path": ["b.jsonl", "c.txt.gz"], "rate": 2.0, "limit": 5}
+  assert tasks.text_tasks({"a": "a.txt", "b": entry}) == (
+    Task("a", TextFileSource("a.txt")),
+    Task("b", TextFileSource(("b.jsonl", "c.txt.gz"), 5), rate=2.0),
+  )
+  for entry in ({"rate": 1.0}, {"path": "a", "kind": "qa"}):
+    with pytest.raises(
+      ConfigError, match=r"text task 'a': needs 'path' and takes \['l"
+    ):
+      tasks.text_tasks({"a": entry})
+
+
+def test_builtin_text_tasks():
+  assert {task.source.content for task in tasks.builtin_text_tasks()} == {"text"}
+  assert {task.source.content for task in tasks.builtin_tasks()} == {"pairs"}
+
+
+def test_documents_get_no_prompts():
+  with pytest.raises(
+    ConfigError, match="'t': documents get no prompts; drop kind 'qa'"
+  ):
+    Task("t", TextFileSource("x"), "qa")
+
+
+def test_each_kind_refuses_the_other(config, text_config):
+  message = "task 'a' has {} and this stage trains on {}; give {}_TASKS"
+  with pytest.raises(ConfigError, match=message.format("text,", "pairs", "JSONL")):
+    dataclasses.replace(config, tasks=text_config.tasks)
+  with pytest.raises(ConfigError, match=message.format("pairs,", "text", "TEXT")):
+    dataclasses.replace(text_config, tasks=config.tasks[:1])
+  with pytest.raises(ConfigError, match=r"keys \('query', .* got {'inputs': 64"):
+    dataclasses.replace(config, lengths=_TEXT_LENGTHS)
+  with pytest.raises(ConfigError, match=r"keys \('inputs', 'targets'\), got {'query'"):
+    dataclasses.replace(text_config, lengths=_LENGTHS)
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"tasks": ()}, "no tasks: give TEXT_TASKS"),
+    ({"denoisers": ()}, "no denoisers: take one of"),
+    ({"denoisers": causal_lm()}, r"must have the keys \('targets',\), got {'inputs'"),
+    ({"denoisers": (*prefix_lm(), *causal_lm())}, "cannot be mixed with others"),
+    ({"lengths": {"targets": 64}}, r"must have the keys \('inputs', 'targets'\)"),
+    ({"lengths": {"inputs": 64, "targets": 2}}, r"\['targets'\] must be at least 3"),
+    ({"lengths": {"inputs": 4, "targets": 9}}, "no room for a segment of 3 tokens"),
+    ({"segment_tokens": 2}, "segments of 2 tokens: .* holds 3 to"),
+    ({"segment_tokens": 100}, "segments of 100 tokens: .*; set SEGMENT_TOKENS"),
+    ({"on_bad_record": "ignore"}, "on_bad_record must be one of .*, got 'ignore'"),
+    ({"vocabulary": None}, "no vocabulary: set VOCABULARY .* or VOCABULARY_SIZE"),
+  ],
+)
+def test_text_config_errors(text_config, changes, message):
+  with pytest.raises(ConfigError, match=message):
+    dataclasses.replace(text_config, **changes)
+
+
+def test_text_manifest_follows_what_is_trained_on(text_config, tmp_path):
+  def change(**changes):
+    return dataclasses.replace(text_config, **changes)
+
+  first = text_config.manifest_path()
+  assert change().manifest_path() == first
+  seen = {first}
+  for changed in (
+    change(lengths={"inputs": 64, "targets": 65}),
+    change(denoisers=ul2(), segment_tokens=text_config.longest),
+    change(segment_tokens=text_config.longest - 1),
+    change(sentinels=Sentinels(5000, 99)),
+    change(vocabulary=None, vocabulary_size=700),
+    change(denoisers=causal_lm(), lengths={"targets": 64}),
+    change(tasks=[Task("a", TextFileSource(str(tmp_path / "a.txt"), limit=1))]),
+  ):
+    path = changed.manifest_path()
+    assert path not in seen
+    seen.add(path)
+
+
+def test_segments_are_shared_between_mixtures(text_config):
+  """What is cached depends on the segments' length, not on what becomes of them."""
+  other = dataclasses.replace(
+    text_config, denoisers=causal_lm(), lengths={"targets": 64}, segment_tokens=40
+  )
+  assert other.longest == 40
+  same = dataclasses.replace(text_config, segment_tokens=40)
+  assert same.record_key() == other.record_key()
+  assert same.reading_key() != other.reading_key()
+  assert text_config.record_key() != same.record_key()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> SentencePieceVocabulary:
+  path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+  text = "letters of a few words, and words of a few letters " * 20
+  return train_vocabulary([text], 520, path)
+
+
+def test_sentinels_of_the_vocabulary(text_config, trained):
+  corruption = text_config.corruption(trained, trained.size)
+  # The block's first piece is left to images.
+  assert corruption.sentinels == Sentinels(520 - 127, 127)
+  assert (corruption.bos_id, corruption.eos_id) == (2, 1)
+  assert corruption.longest == text_config.longest
+  assert corruption.capacity == (64, 64)
+
+
+def test_sentinels_trained(text_config):
+  assert text_config.sentinels_trained == 128
+  long = dataclasses.replace(text_config, lengths={"inputs": 8192, "targets": 8192})
+  needed = long.sentinels_trained - 1
+  assert needed == max(round(round(0.15 * long.longest) / 3), 0)
+  pairs = (text_config, long)
+  unnamed = [
+    dataclasses.replace(config, vocabulary=None, vocabulary_size=700)
+    for config in pairs
+  ]
+  assert len({config.vocabulary_path() for config in unnamed}) == 2
+
+
+@pytest.mark.parametrize(
+  ("changes", "rows", "message"),
+  [
+    (
+      {"sentinels": Sentinels(300, 20)},
+      520,
+      "sentinel 300: it is a piece .* texts use",
+    ),
+    ({"sentinels": Sentinels(0, 20)}, 520, "sentinel 0: it is a piece"),
+    ({"sentinels": Sentinels(510, 20)}, 520, "sentinel 520: the model's table has 520"),
+    ({}, 500, "sentinel 500: the model's table has 500 rows"),
+    (
+      {"denoisers": (Denoiser("p", "prefix", mode=400),)},
+      520,
+      "mode token 400: it is a sentinel too",
+    ),
+    (
+      {"denoisers": (Denoiser("p", "prefix", mode=200),)},
+      520,
+      "mode token 200: it is a piece of the vocabulary",
+    ),
+    ({"sentinels": Sentinels(510, 2)}, 520, r"up to \d+ spans, .* 2 sentinels"),
+  ],
+)
+def test_control_ids_that_cannot_be(text_config, trained, changes, rows, message):
+  config = dataclasses.replace(text_config, **changes)
+  with pytest.raises(ConfigError, match=message):
+    config.corruption(trained, rows)
+
+
+def test_sentinels_beyond_the_vocabulary(text_config, trained):
+  config = dataclasses.replace(text_config, sentinels=Sentinels(520, 50))
+  assert config.corruption(trained, 570).sentinels == Sentinels(520, 50)

@@ -9,6 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as model_pb2
 
+from embgemma.data import vocabularies
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 
@@ -163,6 +164,37 @@ def test_long_text_is_cut_only_where_no_piece_crosses_a_space(vocabulary):
   assert crossing._cut(text, 10) == text
 
 
+def test_documents_are_the_processors_pieces(path, vocabulary):
+  processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+  texts = [*_corpus()[:50], "", "  two  spaces ", "日本", "abc def " * 3000]
+  for text, ids in zip(texts, vocabulary.encode_documents(texts), strict=True):
+    assert ids.dtype == np.int32
+    assert ids.tolist() == processor.encode(text)
+  assert vocabulary.encode_documents([]) == []
+  with pytest.raises(DataError, match="text 0 of the batch"):
+    vocabulary.encode_documents(["\ud800"])
+
+
+@given(st.text(st.sampled_from("ab  ▁\n<>é日"), max_size=400), st.integers(1, 50))
+def test_documents_in_parts_are_exact(gemma_like, text, part):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(vocabularies, "_PART", part)
+    parts = gemma_like._parts(text)
+    (ids,) = gemma_like.encode_documents([text])
+  assert "".join(parts) == text
+  assert ids.tolist() == gemma_like._processor.encode(text)
+
+
+def test_documents_are_whole_where_parts_would_differ(vocabulary):
+  def prepend(model):
+    model.normalizer_spec.add_dummy_prefix = True
+
+  text = "abc def " * 20_000
+  assert len(vocabulary._parts(text)) > 1
+  other = SentencePieceVocabulary.from_serialized(_edited(vocabulary, prepend))
+  assert other._parts(text) == [text]
+
+
 @pytest.mark.parametrize("text", _CONTROL_TEXTS)
 def test_text_that_spells_control_tokens_stays_text(vocabulary, gemma_like, text):
   plain = vocabulary.encode(f"a{text}b", 100)
@@ -273,6 +305,34 @@ def test_number_of_sentinels(tmp_path):
   few = train_vocabulary(_corpus(), 600, tmp_path / "few.model", sentinels=3)
   assert few.piece_id("<unused101>") == 599
   assert few.piece_id("<start_of_image>") == 595
+
+
+def test_sentinel_ids(vocabulary, gemma_like):
+  """As in Gemma, whose 256002 is `<unused100>`: the block but for its first."""
+  for each in (vocabulary, gemma_like):
+    assert each.sentinel_ids() == range(_SIZE - 127, _SIZE)
+    assert each.piece_id("<unused100>") == _SIZE - 127
+
+  def rename(model):
+    model.pieces[_SIZE - 10].piece = "<other>"
+
+  cut = SentencePieceVocabulary.from_serialized(_edited(vocabulary, rename))
+  assert cut.sentinel_ids() == range(_SIZE - 127, _SIZE - 10)
+
+  def drop(model):
+    for piece in model.pieces[_SIZE - 128 :]:
+      piece.piece = piece.piece.replace("unused", "other")
+
+  none = SentencePieceVocabulary.from_serialized(_edited(vocabulary, drop))
+  assert len(none.sentinel_ids()) == 0
+
+
+def test_ids_that_texts_have(vocabulary, gemma_like):
+  for each in (vocabulary, gemma_like):
+    ids = {int(i) for text in _corpus() for i in each.encode_documents([text])[0]}
+    assert all(map(each.is_text, ids))
+    controls = [0, 1, 2, 4, 5, 6, 7, 8, 104, 105, 106, *each.sentinel_ids()]
+    assert not any(map(each.is_text, [*controls, each.size, -1]))
 
 
 def test_corpus_too_small_says_the_largest_size(tmp_path):

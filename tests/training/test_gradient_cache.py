@@ -59,9 +59,9 @@ def compute(config, objective, task, partitioner, devices, microbatch_tokens=Non
   step = TrainStep(model, objective, OptimizerConfig().build(1), mesh, specs)
   state = init(jax.random.key(0))
   gradients, metrics = jax.jit(step.gradients, compiler_options=QUICK)(
-    state.params, partitioning.place_pairs(batch.pairs, mesh), state.step
+    state.params, partitioning.place_pairs(batch.arrays, mesh), state.step
   )
-  shapes = batch.pairs.group_shapes(data_shards(mesh))
+  shapes = batch.arrays.group_shapes(data_shards(mesh))
   return Computed(
     jax.device_get(gradients), jax.device_get(metrics), shapes[-1].microbatches
   )
@@ -144,7 +144,7 @@ def test_against_differentiating_all_at_once(change, config, objective, task):
     params = jax.tree.map(lambda x: x + 0.01, params)
   moving, still = split_trainable(params, trainable)
   source = StepSource([task], 64, 0, 1, 64, microbatch_tokens=256)
-  pairs = jax.device_put(source.batch(0).pairs)
+  pairs = jax.device_put(source.batch(0).arrays)
   assert pairs.groups[-1].tokens.shape[0] > 1
 
   def cached(moving):

@@ -106,7 +106,7 @@ class Setup:
     shards = data_shards(self.mesh)
     vocab_size = self.config.transformer.vocab_size
     source = StepSource([task], BATCH, 0, shards, vocab_size)
-    return [place_pairs(source.batch(n).pairs, self.mesh) for n in range(STEPS)]
+    return [place_pairs(source.batch(n).arrays, self.mesh) for n in range(STEPS)]
 
   def train(self, task):
     """The first and the last state, on the host, and the metrics of the last step."""

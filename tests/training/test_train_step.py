@@ -51,7 +51,7 @@ def train(config, objective, task, partitioner, devices, ema_decay=0.9) -> Train
   metrics = []
   for number in range(STEPS):
     batch = source.batch(number)
-    state, values = step(state, place_pairs(batch.pairs, mesh))
+    state, values = step(state, place_pairs(batch.arrays, mesh))
     metrics.append(jax.device_get(values))
   return Trained(jax.device_get(state), metrics)
 
@@ -117,7 +117,7 @@ def test_average_and_gradient_norms(config, objective, make_task, state):
   source = StepSource([task], BATCH, 0, 1, config.transformer.vocab_size)
   mesh = Partitioner().mesh(jax.devices()[:1])
   _, abstract = build_state(config, objective, keep_ema=True)
-  pairs = place_pairs(source.batch(0).pairs, mesh)
+  pairs = place_pairs(source.batch(0).arrays, mesh)
   step = TrainStep(
     Embedder(config),
     objective,
