@@ -14,7 +14,6 @@ from jax.sharding import AxisType, PartitionSpec
 
 from embgemma.errors import ConfigError
 from embgemma.models import attention, attention_block_local, attention_mask
-from embgemma.models.attention import Memory
 from embgemma.models.attention_block_local import plan
 from embgemma.models.attention_mask import Band
 from embgemma.models.config import TransformerConfig
@@ -108,20 +107,6 @@ def _ours(config, kind, query, key, value, gradient, text_ids):
   positions = jnp.zeros_like(text_ids)
   inputs = attention.prepare(config, positions, text_ids)[kind]
   compute = functools.partial(attention.attend, config, kind, inputs=inputs)
-  out, pull_back = jax.vjp(compute, query, key, value)
-  return out, *pull_back(gradient)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _ours_with_memory(config, kind, query, key, value, gradient, text_ids, memory_ids):
-  """Of the kind "across" over the memory alone."""
-  memory = Memory(jnp.zeros((*memory_ids.shape, 1)), memory_ids)
-  if kind == "across":
-    cross = attention.prepare_cross(config, text_ids, memory)
-    compute = functools.partial(attention.attend_across, config, inputs=cross)
-  else:
-    inputs = attention.prepare(config, jnp.zeros_like(text_ids), text_ids, memory)
-    compute = functools.partial(attention.attend, config, kind, inputs=inputs[kind])
   out, pull_back = jax.vjp(compute, query, key, value)
   return out, *pull_back(gradient)
 
@@ -222,7 +207,7 @@ def _memory_case(config: TransformerConfig, kind: str, length: int, memory: int)
     ("block_local", "across", 64, 64, 1),
   ],
 )
-def test_memory(backend, kind, length, memory, kv_heads):
+def test_memory(backend, kind, length, memory, kv_heads, attend_with_memory):
   """Every query sees all of its text's memory, whatever the window."""
   config = _config("causal", (16, 0), kv_heads, attention=backend)
   arrays, text_ids, memory_ids = _memory_case(config, kind, length, memory)
@@ -233,7 +218,7 @@ def test_memory(backend, kind, length, memory, kv_heads):
     allowed = np.concatenate([_allowed(config, kind, text_ids), allowed], axis=-1)
   expected = _softmax(config, arrays, allowed)
   _close(
-    _ours_with_memory, config, kind, arrays, (text_ids, memory_ids), expected, 2e-5
+    attend_with_memory, config, kind, arrays, (text_ids, memory_ids), expected, 2e-5
   )
 
 

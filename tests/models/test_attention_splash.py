@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from embgemma.errors import ConfigError
 from embgemma.models import attention, attention_mask, attention_splash
-from embgemma.models.attention import Memory
 from embgemma.models.config import TransformerConfig
 from embgemma.models.transformer import Transformer
 
@@ -102,20 +101,6 @@ def test_against_reference(mask, window, kind, kv_heads, length):
   _close(_run(config, kind, *arrays, text_ids), expected, 1e-5)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_with_memory(config, kind, query, key, value, gradient, text_ids, memory_ids):
-  """Of the kind "across" over the memory alone."""
-  memory = Memory(jnp.zeros((*memory_ids.shape, 1)), memory_ids)
-  if kind == "across":
-    cross = attention.prepare_cross(config, text_ids, memory)
-    compute = functools.partial(attention.attend_across, config, inputs=cross)
-  else:
-    inputs = attention.prepare(config, jnp.zeros_like(text_ids), text_ids, memory)
-    compute = functools.partial(attention.attend, config, kind, inputs=inputs[kind])
-  out, pull_back = jax.vjp(compute, query, key, value)
-  return out, *pull_back(gradient)
-
-
 @pytest.mark.parametrize(
   ("kind", "kv_heads", "length", "memory"),
   [
@@ -124,7 +109,7 @@ def _run_with_memory(config, kind, query, key, value, gradient, text_ids, memory
     ("across", 2, 128, 384),
   ],
 )
-def test_memory_against_reference(kind, kv_heads, length, memory):
+def test_memory_against_reference(kind, kv_heads, length, memory, attend_with_memory):
   config = dataclasses.replace(
     _CONFIG,
     mask="causal",
@@ -145,13 +130,13 @@ def test_memory_against_reference(kind, kv_heads, length, memory):
   memory_ids[0], memory_ids[1, :50] = 0, 0
   arrays = (query, key, value, gradient, text_ids, memory_ids)
   reference = dataclasses.replace(config, attention="reference")
-  expected = _run_with_memory(reference, kind, *arrays)
-  _close(_run_with_memory(config, kind, *arrays), expected, 1e-5)
+  expected = attend_with_memory(reference, kind, *arrays)
+  _close(attend_with_memory(config, kind, *arrays), expected, 1e-5)
 
 
 @pytest.mark.parametrize(("length", "memory"), [(128, 100), (100, 128)])
 @pytest.mark.parametrize("kind", ["local", "across"])
-def test_memories_of_a_wrong_length(kind, length, memory):
+def test_memories_of_a_wrong_length(kind, length, memory, attend_with_memory):
   arrays, text_ids = _arrays(_CONFIG, 2, length)
   keys = memory if kind == "across" else length + memory
   key, value = _arrays(_CONFIG, 2, keys)[0][1:3]
@@ -159,7 +144,7 @@ def test_memories_of_a_wrong_length(kind, length, memory):
   with pytest.raises(
     ConfigError, match="rows of 100 tokens; it takes multiples of 128"
   ):
-    _run_with_memory(
+    attend_with_memory(
       _CONFIG, kind, arrays[0], key, value, arrays[3], text_ids, memory_ids
     )
 
@@ -317,7 +302,7 @@ def test_compiles_for_tpu(tensor, tpu_devices):
 @pytest.mark.slow
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("kind", ["local", "across"])
-def test_memory_compiles_for_tpu(kind, tpu_devices):
+def test_memory_compiles_for_tpu(kind, tpu_devices, attend_with_memory):
   """At EmbeddingGemma's head width; rows are longer on one side than on the other."""
   config = dataclasses.replace(
     _CONFIG,
@@ -333,6 +318,6 @@ def test_memory_compiles_for_tpu(kind, tpu_devices):
   shapes = [((2, n, h, 256), jnp.bfloat16) for n, h in heads]
   shapes += [((2, 512), jnp.int32), ((2, 1024), jnp.int32)]
   arrays = [jax.ShapeDtypeStruct(s, dtype, sharding=whole) for s, dtype in shapes]
-  text = _run_with_memory.lower(config, kind, *arrays).compile().as_text()
+  text = attend_with_memory.lower(config, kind, *arrays).compile().as_text()
   # Forward, queries' gradient, keys' and values'.
   assert text.count('custom_call_target="tpu_custom_call"') == 3
