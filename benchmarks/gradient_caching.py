@@ -24,8 +24,9 @@ from embgemma.data.reader import StepSource
 from embgemma.data.records import Example
 from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, on_platform
+from embgemma.models.embedder import on_platform
 from embgemma.training import partitioning
+from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import Partitioner
 from embgemma.training.train_state import abstract_state
@@ -53,19 +54,19 @@ class Case:
 
   def __init__(self, config: EmbedderConfig, task: CachedTask, batch: int, tokens: Any):
     mesh = Partitioner(data=1).mesh(jax.devices()[:1])
-    model, optimizer = Embedder(config), OptimizerConfig()
     widths = config.matryoshka_widths
     objective = Objective((Nce(widths=widths), SpreadOut(widths=widths)))
+    learner, optimizer = EmbeddingLearner(config, objective), OptimizerConfig()
     init, abstract = abstract_state(
-      model, objective, optimizer, 1000, False, Partitioner(data=1), mesh
+      learner, optimizer, 1000, False, Partitioner(data=1), mesh
     )
     source = StepSource(
       [task], batch, 0, 1, config.transformer.vocab_size, microbatch_tokens=tokens
     )
     packed = source.batch(0).arrays
     self.shapes = packed.group_shapes(1)
-    self.pairs = partitioning.place_pairs(packed, mesh)
-    step: Any = make_train_step(model, objective, optimizer, 1000, mesh, abstract)
+    self.pairs = partitioning.place_batch(packed, learner.batch_specs, mesh)
+    step: Any = make_train_step(learner, optimizer, 1000, mesh, abstract)
     self.compiled = step.lower(abstract, self.pairs).compile()
     self.init = init
     self.state: Any = None

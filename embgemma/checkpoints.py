@@ -44,7 +44,8 @@ class Description:
 
   Attributes:
     config: Shapes of an embedder, or of pretrained stacks.
-    lengths: Most tokens of query, positive and negatives in training.
+    lengths: Most tokens of query, positive and negatives in training; of pretrained
+      stacks, of rows of inputs and targets.
     prompts: Names of prompts to their strings.
   """
 
@@ -62,8 +63,8 @@ class Description:
     if isinstance(self.config, EmbedderConfig):
       return self.config
     raise CheckpointError(
-      "the checkpoint holds pretrained stacks without pooling and heads; only an "
-      "embedder can do this"
+      "the checkpoint holds pretrained stacks without pooling and heads; "
+      "`embgemma extract` makes an embedder of them"
     )
 
   @property
@@ -150,6 +151,12 @@ def is_checkpoint(model_dir: pathlib.Path) -> bool:
   return (model_dir / "model.json").exists()
 
 
+def has_steps(model_dir: pathlib.Path) -> bool:
+  """Whether a run in this directory has come to a checkpoint."""
+  directory = model_dir / "checkpoints"
+  return directory.is_dir() and any(p.name.isdigit() for p in directory.iterdir())
+
+
 def read_description(model_dir: pathlib.Path) -> Description:
   """The description in a checkpoint directory.
 
@@ -206,7 +213,8 @@ class CheckpointPolicy:
     every_steps: Steps between checkpoints.
     keep_last: Newest to keep.
     keep_best: Best to keep, by `best_metric`.
-    best_metric: Of the evaluations, "mean" or TASK/METRIC/WIDTH; higher is better.
+    best_metric: Of the evaluations, "mean" or TASK/METRIC/WIDTH. Higher is better, of
+      losses and perplexities lower; "mean" of losses has its sign turned.
   """
 
   every_steps: int = 1000
@@ -275,7 +283,7 @@ class CheckpointStore:
 
     Args:
       step: Steps done.
-      params: The embedder's parameters.
+      params: The model's parameters.
       ema: Their average, or None.
       training: Whatever else resuming needs.
       position: Of the data, as JSON.
@@ -432,7 +440,9 @@ def _damaged(path: pathlib.Path, error: Exception) -> CheckpointError:
 
 def _best_metric(name: str, metrics: Mapping[str, float]) -> float:
   # Steps of before the policy changed may lack it.
-  return metrics.get(name, -math.inf)
+  value = metrics.get(name, -math.inf)
+  lower_is_better = {"loss", "perplexity"} & set(name.split("/")[1:])
+  return -value if lower_is_better and name in metrics else value
 
 
 def _or_dash(shape: tuple[int, ...] | None) -> str:

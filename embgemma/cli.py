@@ -1,23 +1,18 @@
 """The command line. Heavy imports happen inside commands: `--help` is instant."""
 
 import argparse
-import contextlib
-import hashlib
+import functools
 import json
-import logging
 import os
 import pathlib
-import platform
 import re
 import signal
-import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
-from embgemma import flags, outputs
+from embgemma import flags, outputs, process
 from embgemma.errors import ConfigError, DataError, EmbgemmaError
 
 
@@ -45,7 +40,7 @@ def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   # TensorFlow has nothing to do on a GPU, and would take its memory.
   os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
   try:
-    with _own_stderr() as stderr:
+    with process.own_stderr() as stderr:
       cache.build(data, lambda line: print(line, file=stderr, flush=True))
   except (OSError, RuntimeError) as error:
     # ArrayRecord gives what the system said in a RuntimeError.
@@ -57,27 +52,8 @@ def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
     ) from error
 
 
-@contextlib.contextmanager
-def _own_stderr() -> Iterator[IO[str]]:
-  """The process's stderr, while what libraries write there is dropped.
-
-  TensorFlow's C++ heeds no log level, and prints the traceback of a bad record.
-  """
-  sys.stderr.flush()
-  with os.fdopen(os.dup(2), "w") as stderr, open(os.devnull, "wb") as null:
-    os.dup2(null.fileno(), 2)
-    try:
-      yield stderr
-    finally:
-      sys.stderr.flush()
-      os.dup2(stderr.fileno(), 2)
-
-
 def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
-  """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it.
-
-  That process ends with this one, however it is stopped short of SIGKILL.
-  """
+  """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it."""
   from embgemma.data import cache
 
   if cache.manifest(data) is not None:
@@ -86,10 +62,7 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
   environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
   kept = flags.without_process_flags(command_line)
   command = [sys.executable, "-m", "embgemma", "cache", *kept]
-  # In a group of its own a terminal's Ctrl-C reaches it through this process alone.
-  process = subprocess.Popen(command, env=environment, process_group=0)
-  with _handling((signal.SIGINT, signal.SIGTERM), _ending_with(process)):
-    code = process.wait()
+  code = process.run_child(command, environment)
   if code < 0:
     raise DataError(
       f"caching was killed by signal {-code} (9: perhaps out of memory); complete "
@@ -99,79 +72,12 @@ def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
     raise SystemExit(code)
 
 
-def _ending_with(process: subprocess.Popen[bytes]) -> Callable[[int, Any], None]:
-  """A handler that ends a child and then this process."""
-
-  def end(signum, frame):
-    del frame
-    process.terminate()
-    with contextlib.suppress(ChildProcessError):
-      deadline = time.monotonic() + 10
-      while os.waitpid(process.pid, os.WNOHANG) == (0, 0):
-        if time.monotonic() > deadline:
-          process.kill()
-        time.sleep(0.05)
-    _leave(signum)
-
-  return end
-
-
 def _wait_for_cache(data: Any) -> None:
   """Returns once the first process has built the caches; it ends with that one."""
   from embgemma.data import cache
 
   while cache.manifest(data) is None:
     time.sleep(1)
-
-
-def _keep_compilations() -> None:
-  """Compiled programs stay on disk, unless JAX's own variable says where or not.
-
-  Programs for CPUs use what the machine has: each kind has a directory of its own.
-  """
-  import jax
-
-  from embgemma.data.tasks import default_cache_dir
-
-  if jax.config.values["jax_compilation_cache_dir"] is None:
-    kind = hashlib.sha256(f"{platform.machine()} {_cpu_features()}".encode())
-    directory = os.path.join(default_cache_dir(), "compiled", kind.hexdigest()[:12])
-    jax.config.update("jax_compilation_cache_dir", directory)
-
-
-def _cpu_features() -> str:
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    return platform.processor()
-  return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _end(signum: int, frame: Any) -> None:
-  """Ends as an exception does: what is unfinished is removed on the way."""
-  del frame
-  raise SystemExit(128 + signum)
-
-
-def _leave(signum: int, frame: Any = None) -> None:
-  """Ends at once: there is nothing to save.
-
-  What Python's own handler raises is swallowed by imports and callbacks of libraries.
-  """
-  del frame
-  if signum == signal.SIGINT:
-    os.write(2, b"embgemma: interrupted\n")
-  os._exit(128 + signum)
-
-
-@contextlib.contextmanager
-def _handling(signums: Sequence[int], handler: Callable[..., None]) -> Iterator[None]:
-  previous = {signum: signal.signal(signum, handler) for signum in signums}
-  try:
-    yield
-  finally:
-    for signum, earlier in previous.items():
-      signal.signal(signum, earlier)
 
 
 def _train(
@@ -189,7 +95,7 @@ def _train(
   )
   _configure(options, bindings)
   arguments = gin_config.train_arguments()
-  _keep_compilations()
+  process.keep_compilations()
   if options.multiprocess or processes.count is not None:
     distributed.initialize(processes)
   if distributed.is_first():
@@ -214,16 +120,6 @@ def _explain(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   explain(**gin_config.train_arguments(allowed=("MODEL_DIR",)), console=Console())
 
 
-def _use_virtual_devices(topologies: Sequence[str]) -> None:
-  """Keeps JAX off accelerators, with as many CPU devices as the largest cpu:N."""
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  counts = [int(n) for n in re.findall(r"\bcpu:(\d+)", ",".join(topologies))]
-  flag = "--xla_force_host_platform_device_count"
-  flags = os.environ.get("XLA_FLAGS", "")
-  if counts and flag not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {flag}={max(counts)}".strip()
-
-
 def _counts(flag: str, value: str) -> list[int]:
   """Positive numbers separated by commas."""
   if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
@@ -233,7 +129,7 @@ def _counts(flag: str, value: str) -> list[int]:
 
 def _precompile(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   topologies = options.topology.split(",")
-  _use_virtual_devices(topologies)
+  process.use_virtual_devices(topologies)
   from rich.console import Console
 
   from embgemma import gin_config
@@ -301,7 +197,7 @@ def _embed(options: argparse.Namespace) -> None:
   from embgemma.inference import vector_files
   from embgemma.inference.embedder import CheckpointEmbedder
 
-  _keep_compilations()
+  process.keep_compilations()
   output = pathlib.Path(options.output)
   vector_files.check_name(output)
   embedder = CheckpointEmbedder(
@@ -343,7 +239,7 @@ def _evaluate(options: argparse.Namespace) -> None:
   from embgemma.evaluation.report import results_table
   from embgemma.inference.embedder import CheckpointEmbedder
 
-  _keep_compilations()
+  process.keep_compilations()
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
   )
@@ -376,6 +272,54 @@ def _import(options: argparse.Namespace) -> None:
   with outputs.new_directory(output) as directory:
     conversion.write_checkpoint(model, directory)
   _print_converted(model, model.notes, output)
+
+
+def _soup(options: argparse.Namespace) -> None:
+  from embgemma import soup
+
+  output = pathlib.Path(options.output)
+  for path in options.checkpoints:
+    outputs.check_directory(output, options.overwrite, path)
+  ingredients = soup.choose(options.checkpoints, options.last)
+  model = soup.uniform(ingredients)
+  with outputs.new_directory(output) as directory:
+    soup.write(model, ingredients, directory)
+  print("the mean of", *ingredients, sep="\n  ")
+  _print_converted(model, model.notes, output)
+
+
+def _extract(options: argparse.Namespace) -> None:
+  from embgemma.interop import extraction
+  from embgemma.models.adaptation import report_text
+  from embgemma.models.extraction import embedder_config
+
+  output = pathlib.Path(options.output)
+  outputs.check_directory(output, options.overwrite, options.checkpoint)
+  if not 0 <= options.seed < 2**32:
+    raise ConfigError(f"--seed={options.seed}: write a number from 0 to {2**32 - 1}")
+  configure = functools.partial(
+    embedder_config,
+    hidden_width=_hidden_width(options.hidden_width),
+    embedding_width=options.embedding_width,
+    matryoshka_widths=_counts("widths", options.widths) if options.widths else None,
+    pooler=options.pooler,
+  )
+  extracted = extraction.extract(options.checkpoint, configure, options.seed)
+  with outputs.new_directory(output) as directory:
+    extraction.write(extracted, directory)
+  print(report_text(extracted.report))
+  _print_converted(extracted.model, (), output)
+
+
+def _hidden_width(value: str | None) -> int | Literal["default"] | None:
+  """What `embedder_config` takes for --hidden_width."""
+  if value is None:
+    return "default"
+  if value == "none":
+    return None
+  if not re.fullmatch(r"[1-9]\d*", value):
+    raise ConfigError(f"--hidden_width={value}: write 3072, or none for no heads")
+  return int(value)
 
 
 def _print_notes(notes: Iterable[str]) -> None:
@@ -438,36 +382,13 @@ def _export_gguf(options: argparse.Namespace) -> None:
   _print_converted(model, model.notes, output)
 
 
-def _report_unraisable(unraisable: Any) -> None:
-  # Tensorstore's threads go on when one has failed and Orbax has left its event loop.
-  if str(unraisable.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(unraisable)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-  # Orbax warns of its own options; it and asyncio log errors that also reach us.
-  if record.name == "asyncio" or record.exc_info:
-    return False
-  return record.name != "absl" or record.levelno >= logging.ERROR
-
-
-def _quieten_libraries() -> None:
-  """Keeps stderr to what the user can act on."""
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  handler = logging.StreamHandler()
-  handler.setLevel(logging.WARNING)  # bm25s logs at DEBUG, whatever the root's level
-  handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-  handler.addFilter(_is_news)
-  logging.basicConfig(level=logging.WARNING, handlers=[handler])
-  # Likewise what an asynchronous write leaves behind when it fails.
-  warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-  sys.unraisablehook = _report_unraisable
+_WRITERS = {"import": _import, "export": _export, "soup": _soup, "extract": _extract}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs one command; exits with 1 and one message on bad input."""
   command_line = list(sys.argv[1:] if arguments is None else arguments)
-  _quieten_libraries()
+  process.quieten_libraries()
   try:
     kept, bindings = flags.split_gin_overrides(command_line)
     options = flags.parser().parse_args(kept)
@@ -475,10 +396,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
       raise ConfigError(f"`embgemma {options.command}` takes no --gin flags")
     if options.command == "train":
       # Ctrl-C wherever training does not listen.
-      with _handling((signal.SIGINT,), _leave):
+      with process.handling((signal.SIGINT,), process.leave):
         _train(options, bindings, command_line[1:])
     elif options.command == "cache":
-      signal.signal(signal.SIGTERM, _end)
+      signal.signal(signal.SIGTERM, process.end)
       _cache(options, bindings)
     elif options.command == "explain":
       _explain(options, bindings)
@@ -489,8 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.command == "eval":
       _evaluate(options)
     else:
-      signal.signal(signal.SIGTERM, _end)
-      (_import if options.command == "import" else _export)(options)
+      signal.signal(signal.SIGTERM, process.end)
+      _WRITERS[options.command](options)
   except EmbgemmaError as error:
     print(f"embgemma: error: {error}", file=sys.stderr)
     raise SystemExit(1) from None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from embgemma import __version__
 from embgemma.errors import ConfigError
+from embgemma.models.config import POOLERS
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,6 +130,47 @@ def parser() -> argparse.ArgumentParser:
     "--tokenizer", help="SentencePiece model, where the source has none"
   )
   imported.add_argument("--overwrite", action="store_true", help="replace --output")
+
+  extract = command("extract", "make an embedder of a pretrained encoder or decoder")
+  extract.add_argument(
+    "--checkpoint",
+    required=True,
+    help="MODEL_DIR, or one of its steps, of an encoder-decoder, an encoder or a "
+    "decoder, which is made bidirectional",
+  )
+  extract.add_argument("--output", required=True, help="MODEL_DIR to make")
+  extract.add_argument(
+    "--embedding_width", type=int, help="of the vectors; default is the stack's width"
+  )
+  extract.add_argument(
+    "--hidden_width",
+    help="between the two heads, which are random; default is 4 times the stack's "
+    "width; none is a model without heads",
+  )
+  extract.add_argument(
+    "--widths",
+    help="Matryoshka widths, separated by commas; default is the embedding width and "
+    "those of 512,256,128 below it",
+  )
+  extract.add_argument("--pooler", choices=POOLERS, default="mean")
+  extract.add_argument("--seed", type=int, default=0, help="of what is random")
+  extract.add_argument("--overwrite", action="store_true", help="replace --output")
+
+  soup = command("soup", "average the weights of checkpoints of one model")
+  soup.add_argument(
+    "checkpoints",
+    nargs="+",
+    metavar="CHECKPOINT",
+    help="MODEL_DIR, or one of its steps",
+  )
+  soup.add_argument("--output", required=True, help="MODEL_DIR to make")
+  soup.add_argument(
+    "--last",
+    type=int,
+    metavar="K",
+    help="the last K steps that the one MODEL_DIR keeps, in place of its newest",
+  )
+  soup.add_argument("--overwrite", action="store_true", help="replace --output")
 
   export = command("export", "write a checkpoint for other tools")
   export.add_argument(

@@ -28,23 +28,56 @@ _MACRO = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 def register() -> None:
   """Makes the configurable names known to gin, once."""
   from embgemma import checkpoints
-  from embgemma.data import sources, tasks
-  from embgemma.losses import objective
+  from embgemma.data import denoisers, sources, tasks
+  from embgemma.losses import denoising, objective
   from embgemma.models import config
   from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
 
   for module, names in (
-    (config, ("TransformerConfig", "EmbedderConfig", "LoraConfig")),
+    (
+      config,
+      ("TransformerConfig", "EmbedderConfig", "BackboneConfig", "LoraConfig"),
+    ),
+    (denoising, ("Denoising",)),
+    (
+      denoisers,
+      ("Denoiser", "Sentinels", "ul2", "t5gemma2", "prefix_lm", "causal_lm"),
+    ),
     (objective, ("Objective", "Nce", "SpreadOut", "EmbeddingMatching")),
-    (sources, ("BuiltinSource", "JsonlSource", "TfdsSource", "TfrecordSource")),
-    (tasks, ("Task", "DataConfig", "builtin_tasks", "jsonl_tasks")),
+    (
+      sources,
+      (
+        "BuiltinSource",
+        "JsonlSource",
+        "TextFileSource",
+        "TfdsSource",
+        "TfrecordSource",
+      ),
+    ),
+    (
+      tasks,
+      (
+        "Task",
+        "DataConfig",
+        "TextDataConfig",
+        "builtin_tasks",
+        "builtin_text_tasks",
+        "jsonl_tasks",
+        "text_tasks",
+      ),
+    ),
     (optimizers, ("Schedule", "OptimizerConfig")),
     (partitioning, ("Partitioner",)),
     (checkpoints, ("CheckpointPolicy",)),
     (loop, ("Intervals",)),
     (
       initial_checkpoint,
-      ("checkpoint_model", "checkpoint_vocabulary", "checkpoint_widths"),
+      (
+        "checkpoint_model",
+        "checkpoint_encoder_decoder",
+        "checkpoint_vocabulary",
+        "checkpoint_widths",
+      ),
     ),
   ):
     for name in names:
@@ -207,10 +240,12 @@ def set_missing_data() -> bool:
 
   if not macro("VOCABULARY") and not macro("VOCABULARY_SIZE"):
     gin.parse_config("VOCABULARY_SIZE = 1")
-  declared = "jsonl_tasks" not in str(macro("TASKS")) or macro("JSONL_TASKS")
-  if declared or macro("MODULES"):
+  files = {"jsonl_tasks": "JSONL_TASKS", "text_tasks": "TEXT_TASKS"}
+  tasks = re.sub(r"\W", "", str(macro("TASKS")))
+  if tasks not in files or macro(files[tasks]) or macro("MODULES"):
     return False
-  gin.parse_config("TASKS = @builtin_tasks()")
+  builtin = "builtin_text_tasks" if tasks == "text_tasks" else "builtin_tasks"
+  gin.parse_config(f"TASKS = @{builtin}()")
   return True
 
 

@@ -24,9 +24,10 @@ from embgemma.inference.embedder import TextEncoder
 from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models import attention
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, init_params
+from embgemma.models.embedder import init_params
 from embgemma.training import activation_memory, partitioning
 from embgemma.training.flops import forward_flops
+from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import OptimizerConfig, Schedule
 from embgemma.training.partitioning import Partitioner
 from embgemma.training.train_state import abstract_state
@@ -67,15 +68,15 @@ class Ours:
     lengths = np.array([[len(text) for text in column] for column in pairs.columns]).T
     mesh = Partitioner(data=1).mesh([self._device])
     optimizer = self._optimizer()
-    model, objective = Embedder(self._config), self._objective()
+    learner = EmbeddingLearner(self._config, self._objective())
     init, abstract = abstract_state(
-      model, objective, optimizer, _STEPS, False, Partitioner(data=1), mesh
+      learner, optimizer, _STEPS, False, Partitioner(data=1), mesh
     )
     if microbatch_tokens is None:
       longest = packing.row_length(int(lengths.max()))
       memory = activation_memory.device_memory(mesh)
       microbatch_tokens = activation_memory.fitting_tokens(
-        self._config, longest, abstract, memory
+        self._config, (longest,), abstract, memory
       )
     self._plan = shape_plan.plan_shapes(
       lengths, batch, microbatch_tokens=microbatch_tokens
@@ -84,12 +85,13 @@ class Ours:
     weights = jax.tree.map(
       lambda values, leaf: jax.device_put(values, leaf.sharding),
       self._weights(),
-      abstract.params["embedder"],
+      abstract.params["model"],
     )
-    params = {**state.params, "embedder": weights}
+    params = {**state.params, "model": weights}
     self._state = dataclasses.replace(state, params=params)
     self._mesh: Mesh = mesh
-    self._step = make_train_step(model, objective, optimizer, _STEPS, mesh, abstract)
+    self._specs = learner.batch_specs
+    self._step = make_train_step(learner, optimizer, _STEPS, mesh, abstract)
 
   def _weights(self) -> Params:
     """The workload's weights, drawn as it draws them: on the host."""
@@ -120,7 +122,8 @@ class Ours:
     start = time.perf_counter()
     losses = []
     for batch in workload.cycled(self._batches, steps):
-      pairs = partitioning.place_pairs(self._packed(batch), self._mesh)
+      packed = self._packed(batch)
+      pairs = partitioning.place_batch(packed, self._specs, self._mesh)
       # Dispatched, not waited for: the host packs the next batch meanwhile.
       self._state, metrics = self._step(self._state, pairs)
       losses.append(metrics["loss"])

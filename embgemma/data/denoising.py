@@ -29,7 +29,6 @@ _RANDOM_BITS = 26
 _MOST_OWNERS = 2 ** (64 - POSITION_BITS - _RANDOM_BITS)
 
 # Counters of one record: what they are for.
-_CHOICE, _NOISE, _KEPT = range(3)
 
 
 def cut(tokens: Int[np.ndarray, " n"], longest: int) -> list[np.ndarray]:

@@ -8,9 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Column (run) to task to metric key, such as "ndcg@10/768" or "ndcg@10", to value."""
+"""Column (run) to task to metric key to value; a key is such as "ndcg@10/768",
+"ndcg@10" or "loss/R_3_15"."""
 
 MISSING = "–"
+# Shown as they are, beside scaled ones: nats and what is made of them.
+UNSCALED = frozenset({"loss", "perplexity"})
+_UNSCALED_DIGITS = 3
 _LABELS = ("task", "metric", "width")
 
 
@@ -23,6 +27,8 @@ class _Row:
 
 
 def _value(metrics: Mapping[str, float], metric: str, width: str) -> float | None:
+  if not width.isdigit():
+    return metrics.get(f"{metric}/{width}" if width else metric)
   # BM25 has no width: its value stands beside every width.
   return metrics.get(f"{metric}/{width}", metrics.get(metric))
 
@@ -37,7 +43,8 @@ def _task_rows(results: Results, task: str, only: Sequence[str] | None) -> list[
   return [
     _Row(task, metric, width, tuple(_value(c, metric, width) for c in columns))
     for metric, found in widths.items()
-    for width in [width for width in found if width] or [""]
+    for width in found
+    if width or not any(map(str.isdigit, found))
   ]
 
 
@@ -63,6 +70,8 @@ def _sections(results: Results, only: Sequence[str] | None) -> list[list[_Row]]:
 
 
 def _cells(row: _Row, scale: float, digits: int) -> list[str]:
+  if row.metric in UNSCALED:
+    scale, digits = 1.0, _UNSCALED_DIGITS
   values = (MISSING if v is None else f"{v * scale:.{digits}f}" for v in row.values)
   return [row.task, row.metric, row.width, *values]
 
@@ -76,12 +85,13 @@ def results_table(
 ) -> Table:
   """Returns a table of one row per task, metric and width, one column per run.
 
-  Values are multiplied by `scale`. Means over tasks follow, for each metric and
+  Values are multiplied by `scale`, but for those of UNSCALED, which have three digits.
+  The width may be a denoiser's name. Means over tasks follow, for each metric and
   width that several tasks have; a run without one of those tasks has no mean.
 
   Args:
     results: Run name to task name to metric key to value; what is missing shows
-      as "–", and a key without a width counts for every width.
+      as "–", and a key without a width counts for every width that is a number.
     title: Above the table.
     metrics: Only these, such as ("ndcg@10", "spearman"); None is all.
     scale: 100 for metrics in 0..1.

@@ -17,6 +17,7 @@ from embgemma.evaluation.sts import PairClassificationEvaluator, StsEvaluator
 BUILTIN = "builtin:"
 # The metric that stands for a task in means and in keep-best.
 MAIN_METRICS = ("ndcg@10", "spearman", "average_precision")
+LOSS = "loss"  # likewise, of pretrained stacks: the lower the better
 
 TaskResults = dict[str, dict[str, float]]
 
@@ -87,7 +88,7 @@ def evaluators(
   return tuple(made)
 
 
-def bm25_results(chosen: Sequence[Evaluator]) -> TaskResults:
+def bm25_results(chosen: Sequence[Any]) -> TaskResults:
   """BM25 on the retrieval tasks among the evaluators."""
   return {
     evaluator.name: bm25_metrics(evaluator.collection)
@@ -97,9 +98,15 @@ def bm25_results(chosen: Sequence[Evaluator]) -> TaskResults:
 
 
 def mean_score(results: TaskResults) -> float:
-  """Mean over tasks of the main metric at the widest width, in 0..1."""
+  """Mean over tasks of what stands for each; higher is better.
+
+  It is the main metric at the widest width, in 0..1, or a loss with its sign turned.
+  """
   scores = []
   for metrics in results.values():
+    if LOSS in metrics:
+      scores.append(-metrics[LOSS])
+      continue
     widest: dict[int, float] = {}
     for key, value in metrics.items():
       metric, _, width = key.rpartition("/")

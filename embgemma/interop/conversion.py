@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
 from embgemma.errors import CheckpointError
-from embgemma.interop import gemma, layout, sentence_transformers, t5gemma2
+from embgemma.interop import gemma, sentence_transformers, t5gemma2, weights
 from embgemma.interop.model import Model
 from embgemma.models import lora
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import abstract_params
 
 _LOADERS: Mapping[str, Callable[[pathlib.Path, pathlib.Path | None], Model]] = {
   "hf": sentence_transformers.load,
@@ -72,12 +71,8 @@ def _read_checkpoint(
   description = checkpoints.read_description(directory)
   config = description.embedder
   check(config)
-  store = CheckpointStore(directory)
-  step = store.resolve_step(step)
-  # Asked for as numpy arrays, they stay on the host, and whole once.
-  abstract = layout.allocate(abstract_params(config))
-  item = store.shipped_item(step)
-  params = store.restore(step, {item: abstract})[item]
+  step = CheckpointStore(directory).resolve_step(step)
+  params = weights.read(directory, step, config)
   vocabulary = checkpoints.read_vocabulary(directory)
   merged, config = lora.merge(params, config)
   description = dataclasses.replace(description, config=config)

@@ -92,6 +92,11 @@ def cross_entropy(
   return TokenLosses(sums.loss, *jax.lax.stop_gradient(sums[1:]))
 
 
+def logits_bytes(vocab_size: int) -> int:
+  """Bytes of a chunk's logits and their gradient on an accelerator, float32."""
+  return 2 * 4 * max(_LOGITS, vocab_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class Denoising:
   """The objective of pretraining: `cross_entropy` of the targets.

@@ -55,6 +55,7 @@ _CROSS = {
 }
 _TABLE = ("embedder", "table")
 RANDOM = "random"
+REPORT_FILE = "adaptation.json"  # beside a checkpoint's model.json
 _MAX_LISTED = 10
 
 _PARTS = {
@@ -296,10 +297,15 @@ def _stack(config: TransformerConfig, side: str, tree: _Tree) -> _Stack:
   return _Stack(config, tree, side if side in tree.stacks else next(iter(tree.stacks)))
 
 
+def abstract_params(config: BackboneConfig | EmbedderConfig) -> Params:
+  """Shapes and dtypes of a model's parameters, without axis boxes."""
+  module = embedder if isinstance(config, EmbedderConfig) else encoder_decoder
+  return module.abstract_params(config)
+
+
 def _shapes(config: BackboneConfig | EmbedderConfig) -> dict[_Path, _Shape]:
   """Shape of every parameter, by path."""
-  module = embedder if isinstance(config, EmbedderConfig) else encoder_decoder
-  flat = traverse_util.flatten_dict(module.abstract_params(config))
+  flat = traverse_util.flatten_dict(abstract_params(config))
   return {path: leaf.shape for path, leaf in flat.items()}
 
 

@@ -8,7 +8,7 @@ that the configuration lacks. A decoder that shares the encoder's token table ha
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,11 +22,46 @@ from embgemma.models.transformer import Transformer, token_vectors
 from embgemma.typing import Array, Float, PackedSequences, Params
 
 
+class TokenVectors(NamedTuple):
+  """The input of both stacks, see `transformer.token_vectors`.
+
+  Attributes:
+    inputs: [R, I, D] of the encoder; None of a decoder alone.
+    decoder_inputs: [R, T, D] of the decoder.
+  """
+
+  inputs: Array | None
+  decoder_inputs: Array
+
+
+def look_up(
+  config: BackboneConfig, params: Params, sequences: PackedSequences
+) -> TokenVectors:
+  """The vectors of all tokens.
+
+  Args:
+    config: Of the model.
+    params: Of `init_params`, without axis boxes.
+    sequences: The encoder's inputs, if there is one, and the decoder's.
+
+  Raises:
+    ConfigError: the model is an encoder alone.
+  """
+  inputs = None
+  if config.encoder is not None:
+    table = params["encoder"]["embedder"]["table"]
+    inputs = token_vectors(table, sequences.inputs, config.encoder)
+  decoder = _decoder(config)
+  table = output_table(config, params)
+  return TokenVectors(inputs, token_vectors(table, sequences.decoder_inputs, decoder))
+
+
 def hidden_states(
   config: BackboneConfig,
   params: Params,
   sequences: PackedSequences,
   key: Array | None = None,
+  vectors: TokenVectors | None = None,
 ) -> Float[Array, "R T D"]:
   """Final hidden states of the decoder in its compute dtype: what predicts targets.
 
@@ -37,13 +72,15 @@ def hidden_states(
     params: Of `init_params`, without axis boxes.
     sequences: The encoder's inputs, if there is one, and the decoder's.
     key: Of dropout; None is without.
+    vectors: In place of `look_up`; tables are then not read and may be missing.
 
   Raises:
     ConfigError: the model is an encoder alone.
   """
   decoder = _decoder(config)
   keys = (None, None) if key is None else tuple(jax.random.split(key))
-  memory = vectors = None
+  vectors = look_up(config, params, sequences) if vectors is None else vectors
+  memory = None
   if config.encoder is not None:
     states = _apply(
       Transformer(config.encoder),
@@ -52,11 +89,9 @@ def hidden_states(
       sequences.inputs,
       sequences.input_positions,
       sequences.input_ids,
+      vectors=vectors.inputs,
     )
     memory = Memory(states, sequences.input_ids)
-    if config.shared_table:
-      table = output_table(config, params)
-      vectors = token_vectors(table, sequences.decoder_inputs, decoder)
   return _apply(
     Transformer(decoder, config.cross_attention),
     params["decoder"],
@@ -64,7 +99,7 @@ def hidden_states(
     sequences.decoder_inputs,
     sequences.target_positions,
     sequences.target_ids,
-    vectors=vectors,
+    vectors=vectors.decoder_inputs,
     memory=memory,
   )
 
@@ -86,8 +121,14 @@ def output_table(config: BackboneConfig, params: Params) -> Float[Array, "V D"]:
     config: Of the model.
     params: Of `init_params`, without axis boxes.
   """
+  side, module, name = table_path(config, "decoder")
+  return jnp.asarray(params[side][module][name])
+
+
+def table_path(config: BackboneConfig, side: str) -> tuple[str, str, str]:
+  """Where the token table of a side, "encoder" or "decoder", is among parameters."""
   shared = config.encoder is not None and config.shared_table
-  return jnp.asarray(params["encoder" if shared else "decoder"]["embedder"]["table"])
+  return ("encoder" if shared else side, "embedder", "table")
 
 
 def logits(

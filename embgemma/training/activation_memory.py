@@ -5,14 +5,18 @@ import functools
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from embgemma.data.sequence_packing import SequenceShape, abstract_sequences
 from embgemma.errors import ConfigError
-from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import CPU_TOKENS, Embedder, abstract_params
+from embgemma.losses.denoising import logits_bytes
+from embgemma.models import embedder, encoder_decoder
+from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
+from embgemma.models.embedder import CPU_TOKENS, Embedder
 from embgemma.training.optimizers import split_trainable
 from embgemma.training.partitioning import bytes_per_device
 from embgemma.training.train_state import TrainState
@@ -28,70 +32,105 @@ _CPU_BYTES = 2**29
 _ROWS = 8
 
 
-def bytes_per_slot(config: EmbedderConfig, length: int) -> float:
+def bytes_per_slot(
+  config: EmbedderConfig | BackboneConfig, row: tuple[int, ...]
+) -> float:
   """Bytes of activations that the backward pass needs, for one slot of a row.
 
   What the backward pass keeps is read off the traced pullback; under remat it is
-  also what one group of layers, computed again, keeps.
+  also what one group of layers, computed again, keeps. The logits of documents come
+  on top, a chunk at a time (`losses.denoising`).
 
   Args:
     config: Of the model; its `dtype`, `remat` and `attention` matter.
-    length: Of the row.
+    row: Its tokens: of an embedder, of a decoder alone, or of encoder and decoder.
   """
-  kept = _kept_bytes(config, length)
-  transformer = config.transformer
-  if transformer.remat != "none":
-    plain = dataclasses.replace(transformer, remat="none")
-    groups = math.ceil(plain.num_layers / len(plain.attention_pattern))
-    again = _kept_bytes(dataclasses.replace(config, transformer=plain), length)
-    kept += again / groups
+  kept = _kept_bytes(config, row)
+  stacks = [stack for stack in _stacks(config) if stack.remat != "none"]
+  if stacks:
+    groups = min(math.ceil(s.num_layers / len(s.attention_pattern)) for s in stacks)
+    kept += _kept_bytes(_without_remat(config), row) / groups
   return kept * _WORKING_SHARE
 
 
+def _stacks(config: EmbedderConfig | BackboneConfig) -> list[TransformerConfig]:
+  if isinstance(config, EmbedderConfig):
+    return [config.transformer]
+  return [stack for stack in (config.encoder, config.decoder) if stack is not None]
+
+
+def _without_remat(
+  config: EmbedderConfig | BackboneConfig,
+) -> EmbedderConfig | BackboneConfig:
+  def plain(stack: TransformerConfig | None) -> Any:
+    return stack and dataclasses.replace(stack, remat="none")
+
+  if isinstance(config, EmbedderConfig):
+    return dataclasses.replace(config, transformer=plain(config.transformer))
+  return dataclasses.replace(
+    config, encoder=plain(config.encoder), decoder=plain(config.decoder)
+  )
+
+
 @functools.cache  # tracing a large model takes seconds
-def _kept_bytes(config: EmbedderConfig, length: int) -> float:
-  def pullback(params: PyTree, packed: PackedTexts):
-    return jax.vjp(lambda p: Embedder(config).embed(p, packed), params)[1]
+def _kept_bytes(config: EmbedderConfig | BackboneConfig, row: tuple[int, ...]) -> float:
+  def pullback(params: PyTree, batch: PyTree):
+    if isinstance(config, EmbedderConfig):
+      return jax.vjp(lambda p: Embedder(config).embed(p, batch), params)[1]
+    return jax.vjp(lambda p: encoder_decoder.hidden_states(config, p, batch), params)[1]
 
   def size(rows: int) -> int:
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    slots = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    packed = PackedTexts(ids, ids, ids, slots, slots)
-    leaves = jax.tree.leaves(jax.eval_shape(pullback, abstract_params(config), packed))
+    if isinstance(config, EmbedderConfig):
+      params, batch = embedder.abstract_params(config), _abstract_texts(rows, row[0])
+    else:
+      inputs, targets = (0, *row)[-2:]
+      shape = SequenceShape(inputs, targets, 1, rows)
+      batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+        abstract_sequences(shape, 1),
+      )
+      params = encoder_decoder.abstract_params(config)
+    leaves = jax.tree.leaves(jax.eval_shape(pullback, params, batch))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
   # The difference: parameters among the kept arrays do not grow with rows.
-  return (size(2 * _ROWS) - size(_ROWS)) / (_ROWS * length)
+  return (size(2 * _ROWS) - size(_ROWS)) / (_ROWS * sum(row))
+
+
+def _abstract_texts(rows: int, length: int) -> PackedTexts:
+  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  slots = jax.ShapeDtypeStruct((rows,), jnp.int32)
+  return PackedTexts(ids, ids, ids, slots, slots)
 
 
 def microbatch_tokens(
-  config: EmbedderConfig, row_length: int, memory_bytes: float
+  config: EmbedderConfig | BackboneConfig, row: tuple[int, ...], memory_bytes: float
 ) -> int:
   """The most token slots, whole rows of them, whose activations fit.
 
   Args:
     config: Of the model.
-    row_length: The longest rows.
+    row: Tokens of the longest rows, see `bytes_per_slot`.
     memory_bytes: For activations, of one device.
 
   Raises:
     ConfigError: not even one row fits.
   """
-  of_row = bytes_per_slot(config, row_length) * row_length
+  of_row = bytes_per_slot(config, row) * sum(row)
   rows = int(memory_bytes / of_row)
   if rows < 1:
     raise ConfigError(
-      f"a row of {row_length} tokens needs about {of_row / 2**20:,.0f} MiB of "
+      f"a row of {sum(row)} tokens needs about {of_row / 2**20:,.0f} MiB of "
       f"activations, a device has {max(memory_bytes, 0) / 2**20:,.0f} MiB for them; "
       "set TransformerConfig.remat = 'full', shorten TASK_FEATURE_LENGTHS, or split "
       "the parameters over more devices (Partitioner.fsdp)"
     )
-  return rows * row_length
+  return rows * sum(row)
 
 
 def fitting_tokens(
-  config: EmbedderConfig,
-  row_length: int,
+  config: EmbedderConfig | BackboneConfig,
+  row: tuple[int, ...],
   abstract: TrainState,
   device_bytes: int,
   trainable: Sequence[str] | None = None,
@@ -102,7 +141,7 @@ def fitting_tokens(
 
   Args:
     config: Of the model.
-    row_length: The longest rows.
+    row: Tokens of the longest rows, see `bytes_per_slot`.
     abstract: The state's shapes and shardings.
     device_bytes: Memory of a device.
     trainable: See `OptimizerConfig.trainable`.
@@ -111,11 +150,13 @@ def fitting_tokens(
   held = bytes_per_device(abstract) + 4 * _elements(gradients)
   if any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(abstract)):
     held += 4 * _elements(abstract.params)  # gathered for the step
-  most = microbatch_tokens(config, row_length, _USABLE_SHARE * device_bytes - held)
+  if isinstance(config, BackboneConfig):
+    held += logits_bytes(_stacks(config)[-1].vocab_size)
+  most = microbatch_tokens(config, row, _USABLE_SHARE * device_bytes - held)
   if abstract.step.sharding.mesh.devices.flat[0].platform != "cpu":
     return most
-  quick = min(CPU_TOKENS, int(_CPU_BYTES / bytes_per_slot(config, row_length)))
-  return min(most, max(quick, row_length))
+  quick = min(CPU_TOKENS, int(_CPU_BYTES / bytes_per_slot(config, row)))
+  return min(most, max(quick, sum(row)))
 
 
 def _elements(tree: PyTree) -> int:

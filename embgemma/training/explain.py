@@ -1,6 +1,7 @@
 """What a run would be: sizes, memory, tokens and steps, before any compute."""
 
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -8,28 +9,34 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from embgemma.data import cache
-from embgemma.data.tasks import DataConfig
+from embgemma.data.tasks import CachedData
+from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
+from embgemma.losses.denoising import logits_bytes
+from embgemma.models import adaptation
+from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.training import warm_start
 from embgemma.training.activation_memory import bytes_per_slot
+from embgemma.training.learners import parameter_parts
 from embgemma.training.optimizers import OptimizerConfig, split_trainable
 from embgemma.training.partitioning import bytes_per_device
 from embgemma.training.step_plan import (
   AbstractRun,
   StepPlan,
   abstract_run,
+  complete_caches,
   plan_step,
+  row,
+  row_name,
   text_lengths,
+  vocabulary_file,
 )
 from embgemma.typing import PyTree
 
 
 def parameter_counts(params: PyTree) -> dict[str, int]:
-  """Parameters of the table, the layers (adapters included), the heads, and of all."""
-  embedder = dict(params["embedder"])
-  encoder = dict(embedder.pop("encoder"))
-  parts = {"table": encoder.pop("embedder"), "layers": encoder, "heads": embedder}
-  counts = {name: count(tree) for name, tree in parts.items()}
+  """Parameters of each part of the model, see `parameter_parts`, and of all."""
+  counts = {k: count(part) for k, part in parameter_parts(params["model"]).items()}
   return counts | {"total": sum(counts.values())}
 
 
@@ -40,7 +47,7 @@ def count(tree: PyTree) -> int:
 
 def explain(
   *,
-  data: DataConfig,
+  data: CachedData,
   optimizer: OptimizerConfig,
   train_steps: int,
   batch_size: int,
@@ -50,28 +57,57 @@ def explain(
   """Prints the resolved run; takes the arguments of `loop.train`.
 
   Raises:
-    ConfigError: as `loop.train` does for models, meshes and objectives.
+    ConfigError, CheckpointError: as `loop.train` does for models, meshes, objectives
+      and starting points.
   """
   abstract = abstract_run(
-    jax.devices(), optimizer=optimizer, train_steps=train_steps, **run
+    jax.devices(), data=data, optimizer=optimizer, train_steps=train_steps, **run
   )
   console.print(_model_table(abstract, optimizer))
+  start = _start_text(data, **run)
+  if start is not None:
+    console.print(start, highlight=False, markup=False, soft_wrap=True)
   lengths = text_lengths(data)
   try:
     plan = plan_step(
-      abstract,
-      None,
-      batch_size,
-      lengths.lengths,
-      data=data,
-      optimizer=optimizer,
-      **run,
+      abstract, None, batch_size, lengths.lengths, optimizer=optimizer, **run
     )
     console.print(_step_table(plan, lengths.name))
   except ConfigError as error:
     # What the run is can be known where it does not fit.
     console.print(f"a step cannot run here: {error}", highlight=False)
   console.print(_task_table(data, train_steps, batch_size))
+
+
+def _start_text(
+  data: CachedData,
+  *,
+  model: EmbedderConfig | BackboneConfig,
+  model_dir: str = "",
+  initial_checkpoint_path: str | None = None,
+  initial_decoder_checkpoint_path: str | None = None,
+  **unused: Any,
+) -> str | None:
+  """Where the parameters of a run come or came from, if it adapts other checkpoints.
+
+  Raises:
+    ConfigError, CheckpointError: see `warm_start`.
+  """
+  del unused
+  paths = (initial_checkpoint_path, initial_decoder_checkpoint_path)
+  if paths == (None, None):
+    return None
+  vocabulary = vocabulary_file(data)
+  if vocabulary is None:
+    return "where the parameters come from: known once the vocabulary is there"
+  start = warm_start.find_start(
+    # No directory is given where none is needed: then none has steps.
+    pathlib.Path(model_dir or os.devnull),
+    *paths,
+    model,
+    SentencePieceVocabulary(vocabulary),
+  )
+  return None if start.report is None else adaptation.report_text(start.report)
 
 
 def _model_table(run: AbstractRun, optimizer: OptimizerConfig) -> Table:
@@ -99,29 +135,39 @@ def _model_table(run: AbstractRun, optimizer: OptimizerConfig) -> Table:
 
 def _step_table(plan: StepPlan, lengths: str) -> Table:
   """A typical step: what it computes, and in how many microbatches."""
+  batch, config = plan.batch, plan.run.stage.config
   table = Table(title="a step", show_header=False)
   table.add_row("texts", lengths)
   table.add_row("examples per data shard", f"{plan.batch_size // plan.run.shards:,}")
-  share = plan.tokens / plan.slots
-  table.add_row("tokens", f"{plan.tokens:,} in {plan.slots:,} slots ({share:.1%} real)")
+  share = batch.tokens / plan.slots
+  table.add_row(
+    "tokens", f"{batch.tokens:,} in {plan.slots:,} slots ({share:.1%} real)"
+  )
   table.add_row("model FLOPs", f"{plan.model_flops:.3g}")
-  for group in plan.groups:
+  for group in batch.groups:
     table.add_row(
-      f"rows of {group.length} on a shard",
+      f"rows of {row_name(group)} on a shard",
       f"{group.rows} in each of {group.microbatches} microbatches",
     )
-  largest = max(plan.groups, key=lambda group: group.rows * group.length)
-  size = bytes_per_slot(plan.run.model, largest.length) * largest.rows * largest.length
+  # A group's tokens are those of all its microbatches.
+  largest = max(batch.groups, key=lambda group: group.tokens // group.microbatches)
+  slots = largest.tokens // largest.microbatches
+  size = bytes_per_slot(config, row(largest)) * slots
   table.add_row(
     "activations of a microbatch", f"about {size / 2**20:,.0f} MiB per device"
   )
+  if isinstance(config, BackboneConfig) and config.decoder is not None:
+    vocab = config.decoder.vocab_size
+    # Float32, and their gradient.
+    whole = 2 * 4 * vocab * largest.rows * row(largest)[-1]
+    size = min(whole, logits_bytes(vocab))
+    table.add_row("logits of a chunk", f"up to {size / 2**20:,.0f} MiB per device")
   return table
 
 
-def _task_table(data: DataConfig, train_steps: int, batch_size: int) -> Table:
+def _task_table(data: CachedData, train_steps: int, batch_size: int) -> Table:
   """Rate, size and expected use of each task; sizes are known once it is cached."""
-  unread = data.vocabulary and not pathlib.Path(data.vocabulary).is_file()
-  manifest = None if unread else cache.manifest(data)
+  manifest = complete_caches(data)
   if manifest is None:
     tasks = [(task.name, task.rate, None) for task in data.selected()]
     title = "tasks (sizes after `embgemma cache`)"

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from embgemma.models.config import EmbedderConfig, TransformerConfig
+from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
+from embgemma.typing import Int
 
 # bfloat16 matmuls that a TPU makes of one float32 matmul (jax.lax.Precision).
 _PASSES = {
@@ -128,20 +129,50 @@ def forward_flops(config: EmbedderConfig, lengths: np.ndarray) -> float:
     config: The model.
     lengths: Tokens of each text.
   """
-  transformer = config.transformer
-  lengths = np.asarray(lengths, np.int64)
-  width, hidden = transformer.width, config.hidden_width
+  width, hidden = config.transformer.width, config.hidden_width
   heads = width * hidden + hidden * config.embedding_width if hidden else 0
+  texts = np.count_nonzero(lengths)
+  return _stack_flops(config.transformer, lengths) + 2.0 * heads * texts
+
+
+def sequence_flops(config: BackboneConfig, sizes: Int[np.ndarray, "n 2"]) -> float:
+  """FLOPs that scoring targets takes, counted as `forward_flops` counts.
+
+  The decoder reads the encoder in each of its layers. Merged attention makes keys and
+  values of the encoder's states by the decoder's own kernels, and a target sees those
+  of its example beside the targets before it (arXiv 2512.14856); separate attention
+  has queries and an output of its own as well (arXiv 2504.06225). The output matrix,
+  which the sum of arXiv 2001.08361 leaves out, counts as any other, 2 V D a target:
+  with a large vocabulary it is much of a step. Of the loss nothing else counts.
+
+  Args:
+    config: The model, with a decoder.
+    sizes: Tokens of inputs and targets of each example.
+  """
+  decoder = config.decoder
+  assert decoder is not None
+  inputs, targets = np.asarray(sizes, np.int64).T
+  output = 2.0 * decoder.vocab_size * decoder.width * float(targets.sum())
+  total = _stack_flops(decoder, targets) + output
+  if config.encoder is None:
+    return total
+  heads = decoder.num_heads * decoder.head_dim
+  keys_values = 2 * config.encoder.width * decoder.num_kv_heads * decoder.head_dim
+  reading = 2.0 * keys_values * float(inputs.sum())
+  reading += 4.0 * heads * float((inputs * targets).sum())
+  if config.cross_attention == "separate":
+    reading += 2.0 * 2 * decoder.width * heads * float(targets.sum())
+  return total + _stack_flops(config.encoder, inputs) + decoder.num_layers * reading
+
+
+def _stack_flops(config: TransformerConfig, lengths: np.ndarray) -> float:
+  """Of the layers over texts of these lengths."""
+  lengths = np.asarray(lengths, np.int64)
   pairs = sum(
-    float(visible_pairs(transformer, kind, lengths).sum())
-    for kind in transformer.layer_kinds
+    float(visible_pairs(config, kind, lengths).sum()) for kind in config.layer_kinds
   )
-  tokens = float(lengths.sum())
-  return (
-    2.0 * matmul_parameters(transformer) * tokens
-    + 4.0 * transformer.num_heads * transformer.head_dim * pairs
-    + 2.0 * heads * np.count_nonzero(lengths)
-  )
+  products = 2.0 * matmul_parameters(config) * float(lengths.sum())
+  return products + 4.0 * config.num_heads * config.head_dim * pairs
 
 
 def matmul_parameters(config: TransformerConfig) -> int:

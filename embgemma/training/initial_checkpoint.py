@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 from embgemma import checkpoints
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.models.config import EmbedderConfig, LoraConfig
+from embgemma.models import extraction
+from embgemma.models.config import (
+  BackboneConfig,
+  EmbedderConfig,
+  LoraConfig,
+  TransformerConfig,
+)
 
 
 def checkpoint_model(
@@ -19,6 +25,9 @@ def checkpoint_model(
 ) -> EmbedderConfig:
   """The configuration of a checkpoint's embedder, with what training may change.
 
+  Of pretrained stacks it is `extraction.embedder_config`: their encoder, or a decoder
+  alone made bidirectional, with heads.
+
   Args:
     path: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP.
     dtype: Of computation; None is the checkpoint's.
@@ -29,20 +38,53 @@ def checkpoint_model(
 
   Raises:
     ConfigError: no path, or a value that does not fit the model.
-    CheckpointError: the checkpoint cannot be read, or holds no embedder.
+    CheckpointError: the checkpoint cannot be read.
   """
-  _, config = _embedder(path)
-  transformer = dataclasses.replace(
-    config.transformer,
-    remat=remat,
-    dtype=dtype or config.transformer.dtype,
-    window=window or config.transformer.window,
-  )
+  config = _embedder(path)
   return dataclasses.replace(
     config,
-    transformer=transformer,
+    transformer=_trained(config.transformer, dtype, remat, window),
     matryoshka_widths=matryoshka_widths or config.matryoshka_widths,
     lora=lora or config.lora,
+  )
+
+
+def checkpoint_encoder_decoder(
+  path: str | None,
+  cross_attention: str = "merged",
+  shared_table: bool = True,
+  dtype: str | None = None,
+  remat: str = "none",
+  window: Sequence[int] | None = None,
+) -> BackboneConfig:
+  """The encoder-decoder that a checkpoint's decoder becomes, or the one it has.
+
+  Args:
+    path: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP.
+    cross_attention: As in BackboneConfig.
+    shared_table: As in BackboneConfig.
+    dtype: Of computation; None is the checkpoint's.
+    remat: As in TransformerConfig.
+    window: Of the encoder, as in TransformerConfig; None is the checkpoint's, or half
+      a decoder's on each side.
+
+  Raises:
+    ConfigError: no path, or a value that does not fit the model.
+    CheckpointError: the checkpoint cannot be read, or has no decoder.
+  """
+  backbone = _config(path)
+  if isinstance(backbone, EmbedderConfig) or backbone.decoder is None:
+    raise CheckpointError(
+      f"INITIAL_CHECKPOINT_PATH {path}: has no decoder to make an encoder-decoder of; "
+      "give a decoder-only checkpoint (`embgemma import --from=gemma`, or a run of "
+      "gin/stages/pretrain.gin)"
+    )
+  encoder = backbone.encoder or extraction.bidirectional(backbone.decoder)
+  return BackboneConfig(
+    encoder=_trained(encoder, dtype, remat, window),
+    decoder=_trained(backbone.decoder, dtype, remat, None),
+    cross_attention=cross_attention,
+    shared_table=shared_table,
   )
 
 
@@ -51,9 +93,10 @@ def checkpoint_vocabulary(path: str | None) -> str:
 
   Raises:
     ConfigError: no path.
-    CheckpointError: the checkpoint cannot be read, or holds no embedder.
+    CheckpointError: the checkpoint cannot be read.
   """
-  return str(_embedder(path)[0] / "tokenizer.model")
+  _config(path)
+  return str(_directory(path) / "tokenizer.model")
 
 
 def checkpoint_widths(path: str | None) -> tuple[int, ...]:
@@ -61,19 +104,41 @@ def checkpoint_widths(path: str | None) -> tuple[int, ...]:
 
   Raises:
     ConfigError: no path.
-    CheckpointError: the checkpoint cannot be read, or holds no embedder.
+    CheckpointError: the checkpoint cannot be read.
   """
-  return tuple(_embedder(path)[1].matryoshka_widths)
+  return tuple(_embedder(path).matryoshka_widths)
 
 
-def _embedder(path: str | None) -> tuple[pathlib.Path, EmbedderConfig]:
-  """Directory and configuration of a checkpoint's embedder."""
+def _trained(
+  stack: TransformerConfig,
+  dtype: str | None,
+  remat: str,
+  window: Sequence[int] | None,
+) -> TransformerConfig:
+  return dataclasses.replace(
+    stack, remat=remat, dtype=dtype or stack.dtype, window=window or stack.window
+  )
+
+
+def _embedder(path: str | None) -> EmbedderConfig:
+  """Of a checkpoint's embedder, or that which its stacks become."""
+  config = _config(path)
+  if isinstance(config, BackboneConfig):
+    return extraction.embedder_config(config)
+  return config
+
+
+def _directory(path: str | None) -> pathlib.Path:
   if not path:
     raise ConfigError(
       "no checkpoint to take the model from; give --gin.INITIAL_CHECKPOINT_PATH=…"
     )
-  directory, _ = checkpoints.locate(path)
+  return checkpoints.locate(path)[0]
+
+
+def _config(path: str | None) -> EmbedderConfig | BackboneConfig:
+  directory = _directory(path)
   try:
-    return directory, checkpoints.read_description(directory).embedder
+    return checkpoints.read_description(directory).config
   except CheckpointError as error:
     raise CheckpointError(f"INITIAL_CHECKPOINT_PATH {path}: {error}") from error

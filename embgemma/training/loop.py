@@ -16,35 +16,30 @@ from rich.console import Console
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointPolicy, CheckpointStore
-from embgemma.data import cache, packing, prompts, reader
-from embgemma.data.tasks import DataConfig
+from embgemma.data import cache, prompts, reader
+from embgemma.data.tasks import DataConfig, TextDataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
 from embgemma.evaluation import suite
 from embgemma.evaluation.report import results_table
-from embgemma.inference.embedder import TextEncoder
+from embgemma.losses.denoising import Denoising
 from embgemma.losses.objective import Objective
-from embgemma.models import attention
-from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, on_platform
-from embgemma.training import distributed
+from embgemma.models import adaptation
+from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.training import distributed, warm_start
 from embgemma.training.activation_memory import device_memory, fitting_tokens
 from embgemma.training.metric_writers import EventWriter
 from embgemma.training.optimizers import OptimizerConfig
-from embgemma.training.partitioning import (
-  BATCH_AXES,
-  Partitioner,
-  data_shards,
-  own_shards,
-  place_pairs,
-)
+from embgemma.training.partitioning import Partitioner, place_batch
 from embgemma.training.profiling import Profiler
 from embgemma.training.progress import Progress, duration
 from embgemma.training.resuming import check_same_model, initial_state, resume_step
+from embgemma.training.stages import Evaluation, Evaluator, make_stage
 from embgemma.training.step_metrics import Interval
 from embgemma.training.stopping import Stopped, stop_requests
 from embgemma.training.train_state import TrainState, abstract_state, save_state
 from embgemma.training.train_step import make_train_step
+from embgemma.typing import PyTree
 
 EVALUATIONS_FILE = "evaluations.json"
 
@@ -81,17 +76,21 @@ class Run:
   train_steps: int
   batch_size: int
   mesh: Mesh
-  source: reader.StepSource
+  source: reader.BatchSource
+  batch_specs: PyTree
   position: dict[str, Any]
   train_step: Any
   learning_rate: Any
-  evaluators: tuple[suite.Evaluator, ...]
-  encoder: TextEncoder
+  evaluation: Evaluation
   store: CheckpointStore
   policy: CheckpointPolicy
   intervals: Intervals
   profiler: Profiler | None
   console: Console
+
+  @property
+  def evaluators(self) -> tuple[Evaluator, ...]:
+    return self.evaluation.evaluators
 
   def save(
     self, state: TrainState, step: int, metrics: Mapping[str, float] | None
@@ -104,7 +103,8 @@ class Run:
     """Runs the evaluations and keeps their results.
 
     Returns:
-      The mean score, and each metric as TASK/METRIC/WIDTH; None without evaluations.
+      The mean score, and each metric as TASK/METRIC, with /WIDTH or /DENOISER where it
+      has one; None without evaluations.
 
     Raises:
       ConfigError: the policy's best metric is not among them.
@@ -114,8 +114,7 @@ class Run:
     path = self.model_dir / EVALUATIONS_FILE
     kept = suite.read_results(path)
     if not distributed.first_says(str(step) in kept):
-      encode = functools.partial(self.encoder.encode, state.inference_params)
-      kept[str(step)] = {e.name: e.evaluate(encode) for e in self.evaluators}
+      kept[str(step)] = self.evaluation.results(state.inference_params)
       _write_results(path, kept)
     results = kept[str(step)]
     scores = {"mean": suite.mean_score(results)} | {
@@ -169,7 +168,11 @@ class _Reports:
 
   def scores(self, step: int, scores: Mapping[str, float]) -> None:
     self._write(step, {f"evaluation/{k}": v for k, v in scores.items()})
-    self._progress.note(f"step {step:,}: mean score {scores['mean']:.4f}")
+    mean = scores["mean"]
+    # Losses have their sign turned.
+    lower = any(name.endswith(f"/{suite.LOSS}") for name in scores)
+    said = f"mean loss {-mean:.4f}" if lower else f"mean score {mean:.4f}"
+    self._progress.note(f"step {step:,}: {said}")
 
   def _write(self, step: int, values: Mapping[str, float]) -> None:
     if self._writer is not None:
@@ -218,9 +221,9 @@ def _run_steps(
         interval.waited_for_input(waited)
         if run.profiler is not None:
           run.profiler.waited(waited)
-        pairs = place_pairs(batch.arrays, run.mesh)
+        arrays = place_batch(batch.arrays, run.batch_specs, run.mesh)
         with jax.transfer_guard("disallow"):
-          state, metrics = run.train_step(state, pairs)
+          state, metrics = run.train_step(state, arrays)
         interval.add(step, batch, metrics)
 
       # Several processes look up from their steps at logs only, all at the same.
@@ -251,9 +254,9 @@ def _run_steps(
 def train(
   *,
   model_dir: str,
-  model: EmbedderConfig,
-  objective: Objective,
-  data: DataConfig,
+  model: EmbedderConfig | BackboneConfig,
+  objective: Objective | Denoising,
+  data: DataConfig | TextDataConfig,
   optimizer: OptimizerConfig,
   train_steps: int,
   batch_size: int,
@@ -264,6 +267,7 @@ def train(
   intervals: Intervals = Intervals(),
   ema_decay: float | None = None,
   initial_checkpoint_path: str | None = None,
+  initial_decoder_checkpoint_path: str | None = None,
   microbatch_tokens: int | None = None,
   reader_threads: int = 2,
   reader_workers: int = 0,
@@ -274,23 +278,29 @@ def train(
 ) -> dict[str, suite.TaskResults]:
   """Trains one stage, from its newest checkpoint if it has one.
 
+  An embedder trains on pairs, pretrained stacks on documents; model, objective and
+  data are all of one kind.
+
   Args:
     model_dir: Everything the run writes (see `embgemma.checkpoints`).
-    model: Shape of the embedder; its Matryoshka widths are evaluated.
+    model: Shape of the model; an embedder's Matryoshka widths are evaluated.
     objective: The loss.
     data: What to train on; its caches must be complete (`embgemma cache`).
     optimizer: Update rule and schedule.
     train_steps: Steps of the whole run.
-    batch_size: Examples of a step, over all devices.
+    batch_size: Examples of a step, over all devices: pairs, or segments of documents.
     seed: Of parameters and data order.
     partitioner: The mesh.
-    evaluations: See `evaluation.suite.evaluators`.
+    evaluations: See `evaluation.suite.evaluators` and, of documents,
+      `evaluation.denoising.evaluators`.
     checkpoint_policy: When to save, what to keep.
     intervals: How often to log and evaluate.
     ema_decay: Decay of averaged parameters, which then are evaluated and shipped.
-    initial_checkpoint_path: A checkpoint whose embedder a new run starts from.
-    microbatch_tokens: Token slots that a device embeds at a time; a batch of more is
-      done by gradient caching. None is as many as its memory holds.
+    initial_checkpoint_path: A checkpoint that a new run starts from: its embedder, or
+      its stacks, adapted.
+    initial_decoder_checkpoint_path: Another one for the decoder.
+    microbatch_tokens: Token slots that a device takes at a time; a batch of more is
+      done in parts, exactly. None is as many as its memory holds.
     reader_threads: Threads that read ahead.
     reader_workers: Processes that read ahead; 0 is none.
     profile_steps: First and last step of a profile; None is none.
@@ -316,17 +326,8 @@ def train(
   )
   if ema_decay is not None and not 0 < ema_decay < 1:
     raise ConfigError(f"EMA_DECAY must be between 0 and 1, got {ema_decay}")
-  objective.check(model.embedding_width)
-  if objective.needs_teacher:
-    raise ConfigError(
-      "the objective has a distillation term, but the caches hold no teacher "
-      "embeddings; remove the term"
-    )
-  if data.max_length > model.transformer.max_length:
-    raise ConfigError(
-      f"TASK_FEATURE_LENGTHS reaches {data.max_length}, the model's max_length is "
-      f"{model.transformer.max_length}"
-    )
+  mesh = partitioner.mesh()
+  stage = make_stage(model, objective, data, mesh.devices.flat[0].platform)
   manifest = cache.manifest(data)
   if manifest is None:
     raise ConfigError("the tasks are not cached; run `embgemma cache` with these flags")
@@ -334,67 +335,45 @@ def train(
   directory = pathlib.Path(model_dir)
   description = checkpoints.Description(model, data.lengths, prompts.PROMPTS)
   check_same_model(directory, description)
-  mesh = partitioner.mesh()
-  model = on_platform(model, mesh.devices.flat[0].platform)
-  embedder = Embedder(model)
-  evaluators = suite.evaluators(evaluations or {}, model.matryoshka_widths)
-  for evaluator in evaluators:
-    evaluator.check()
   vocabulary = SentencePieceVocabulary(manifest.vocabulary)
-  init, abstract = abstract_state(
-    embedder,
-    objective,
-    optimizer,
-    train_steps,
-    ema_decay is not None,
-    partitioner,
-    mesh,
+  evaluation = stage.evaluation(
+    evaluations or {}, vocabulary, mesh, eval_max_length, eval_tokens_per_batch
   )
-  if initial_checkpoint_path is not None and not checkpoints.is_checkpoint(directory):
-    initial, step = checkpoints.locate(initial_checkpoint_path)
-    CheckpointStore(initial).resolve_step(step)
-  row_lengths = attention.row_lengths(model.transformer, packing.ROW_LENGTHS)
+  points, report = warm_start.find_start(
+    directory,
+    initial_checkpoint_path,
+    initial_decoder_checkpoint_path,
+    model,
+    vocabulary,
+  )
+  if report is not None and not optimizer.alone:
+    patterns = warm_start.random_patterns(report)
+    optimizer = dataclasses.replace(optimizer, alone=patterns)
+  learner = stage.learner
+  init, abstract = abstract_state(
+    learner, optimizer, train_steps, ema_decay is not None, partitioner, mesh
+  )
   if microbatch_tokens is None:
     microbatch_tokens = fitting_tokens(
-      model,
-      packing.row_length(data.max_length, row_lengths),
-      abstract,
-      device_memory(mesh),
-      optimizer.trainable,
+      stage.config, stage.row, abstract, device_memory(mesh), optimizer.trainable
     )
   run = Run(
     model_dir=directory,
     train_steps=train_steps,
     batch_size=batch_size,
     mesh=mesh,
-    source=reader.StepSource(
-      manifest.tasks,
-      batch_size,
-      seed,
-      data_shards(mesh),
-      model.transformer.vocab_size,
-      own_shards(mesh),
-      microbatch_tokens,
-      row_lengths,
-    ),
+    source=stage.source(manifest, mesh, batch_size, seed, microbatch_tokens),
+    batch_specs=learner.batch_specs,
     position={
       "seed": seed,
       "batch_size": batch_size,
       "mixture": data.manifest_path().stem,
     },
     train_step=make_train_step(
-      embedder, objective, optimizer, train_steps, mesh, abstract, ema_decay, seed
+      learner, optimizer, train_steps, mesh, abstract, ema_decay, seed
     ),
     learning_rate=optimizer.schedule.build(train_steps),
-    evaluators=evaluators,
-    encoder=TextEncoder(
-      model,
-      vocabulary,
-      eval_max_length or data.max_length,
-      eval_tokens_per_batch,
-      mesh,
-      BATCH_AXES,
-    ),
+    evaluation=evaluation,
     store=CheckpointStore(directory, checkpoint_policy),
     policy=checkpoint_policy,
     intervals=intervals,
@@ -403,9 +382,9 @@ def train(
   )
   with contextlib.closing(run.store):
     done = resume_step(run.store, directory, train_steps, run.position)
-    state = initial_state(
-      run.store, done, init, abstract, model, seed, initial_checkpoint_path
-    )
+    if done is None and report is not None:
+      console.print(adaptation.report_text(report), highlight=False, soft_wrap=True)
+    state = initial_state(run.store, done, init, abstract, stage.config, seed, points)
     if done is not None:
       console.print(f"resuming from step {done:,}")
     start = done or 0
@@ -413,6 +392,8 @@ def train(
       run.forget_results(start)
       if not start:
         checkpoints.write_description(directory, description, vocabulary, operative_gin)
+        if report is not None:
+          warm_start.write_report(directory, report)
     distributed.wait_for_all("description")
     if start in (0, train_steps):
       run.evaluate(state, start)
@@ -433,10 +414,10 @@ def _report(run: Run, start: str) -> dict[str, suite.TaskResults]:
   """Prints the first step (under the name `start`), the last, and BM25 side by side."""
   kept = suite.read_results(run.model_dir / EVALUATIONS_FILE)
   if kept:
-    columns = {
-      start: kept.get("0", {}),
-      "trained": kept[str(run.train_steps)],
-      "BM25": suite.bm25_results(run.evaluators),
-    }
-    run.console.print(results_table(columns, "held-out evaluation", suite.MAIN_METRICS))
+    columns = {start: kept.get("0", {}), "trained": kept[str(run.train_steps)]}
+    lexical = suite.bm25_results(run.evaluators)
+    if lexical:
+      columns["BM25"] = lexical
+    shown = (*suite.MAIN_METRICS, suite.LOSS, "perplexity")
+    run.console.print(results_table(columns, "held-out evaluation", shown))
   return kept

@@ -1,11 +1,13 @@
 """Optimizers and learning-rate schedules, all from optax."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
@@ -98,9 +100,14 @@ class OptimizerConfig:
     epsilon: AdamW's.
     rate_multipliers: Pattern searched in a parameter's path, such as
       "projection_(up|down)", to a factor on its learning rate.
-    trainable: Patterns searched in the embedder's parameter paths, such as
-      "embedder/projection_up/kernel"; what none of them finds stays as it is. None
-      is everything, or the adapters alone where the model has any.
+    trainable: Patterns searched in the model's parameter paths, such as
+      "projection_up/kernel"; what none of them finds stays as it is. None is
+      everything, or the adapters alone where the model has any.
+    alone: Patterns of the parameters that train alone in the first `alone_steps`.
+      Where there are none, those that a run from another checkpoint draws at random
+      (see `adaptation.warm_up_patterns`).
+    alone_steps: T5Gemma has 1,000, where cross-attention is random (arXiv 2504.06225,
+      section 3); 0 trains everything from the start.
   """
 
   name: str = "adamw"
@@ -112,6 +119,8 @@ class OptimizerConfig:
   epsilon: float = 1e-8
   rate_multipliers: Mapping[str, float] = dataclasses.field(default_factory=dict)
   trainable: Sequence[str] | None = None
+  alone: Sequence[str] = ()
+  alone_steps: int = 0
 
   def __post_init__(self):
     if self.name not in OPTIMIZERS:
@@ -131,6 +140,12 @@ class OptimizerConfig:
         )
       object.__setattr__(self, "trainable", tuple(self.trainable))
       _check_patterns("trainable", self.trainable)
+    object.__setattr__(self, "alone", tuple(self.alone))
+    _check_patterns("alone", self.alone)
+    if self.alone_steps < 0:
+      raise ConfigError(
+        f"OptimizerConfig.alone_steps must be >= 0, got {self.alone_steps}"
+      )
 
   def build(self, train_steps: int) -> optax.GradientTransformation:
     """The optax transformation of a run's trainable parameters."""
@@ -151,22 +166,35 @@ class OptimizerConfig:
     if self.rate_multipliers:
       parts.append(self._multiply_rates())
     parts.append(optax.scale_by_learning_rate(self.schedule.build(train_steps)))
-    return optax.chain(*parts)
+    chain = optax.chain(*parts)
+    return self._with_some_alone(chain) if self.alone and self.alone_steps else chain
+
+  def _with_some_alone(
+    self, inner: optax.GradientTransformation
+  ) -> optax.GradientTransformation:
+    """Gradients and updates of all other parameters are zero in the first steps."""
+
+    def init(params):
+      _check_matches("alone", self.alone, params)
+      return jnp.zeros((), jnp.int32), inner.init(params)
+
+    def update(updates, state, params=None):
+      step, inner_state = state
+
+      def held(path, update):
+        if any(re.search(p, _parameter(path)) for p in self.alone):
+          return update
+        return jnp.where(step < self.alone_steps, jnp.zeros_like(update), update)
+
+      hold = functools.partial(jax.tree_util.tree_map_with_path, held)
+      updates, inner_state = inner.update(hold(updates), inner_state, params)
+      return hold(updates), (step + 1, inner_state)
+
+    return optax.GradientTransformation(init, update)
 
   def _multiply_rates(self) -> optax.GradientTransformation:
     def check(params):
-      leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-      names = [_parameter(path) for path, _ in leaves]
-      unmatched = [
-        pattern
-        for pattern in self.rate_multipliers
-        if not any(re.search(pattern, name) for name in names)
-      ]
-      if unmatched:
-        raise ConfigError(
-          f"OptimizerConfig.rate_multipliers: {sorted(unmatched)} match no parameter "
-          "that is trained"
-        )
+      _check_matches("rate_multipliers", self.rate_multipliers, params)
       return optax.EmptyState()
 
     def scale(updates, state, params=None):
@@ -188,14 +216,14 @@ def split_trainable(
   """The parameters that training changes, and the others: subtrees without holes.
 
   Args:
-    params: {"embedder": ..., "objective": ...}; the objective's are all trainable.
+    params: {"model": ..., "objective": ...}; the objective's are all trainable.
     patterns: `OptimizerConfig.trainable`.
 
   Raises:
-    ConfigError: a pattern matches no parameter of the embedder.
+    ConfigError: a pattern matches no parameter of the model.
   """
   flat = traverse_util.flatten_dict(params, keep_empty_nodes=True)
-  names = {path: "/".join(path[1:]) for path in flat if path[0] == "embedder"}
+  names = {path: "/".join(path[1:]) for path in flat if path[0] == "model"}
   adapters = [name for name in names.values() if re.search(lora.PATTERN, name)]
   if patterns is None:
     patterns = (lora.PATTERN,) if adapters else ("",)
@@ -203,7 +231,7 @@ def split_trainable(
     if not any(re.search(pattern, name) for name in names.values()):
       examples = ", ".join(sorted(names.values())[:4])
       raise ConfigError(
-        f"OptimizerConfig.trainable: {pattern!r} matches no parameter of the embedder; "
+        f"OptimizerConfig.trainable: {pattern!r} matches no parameter of the model; "
         f"it has {len(names)}, such as {examples}"
       )
   if adapters and not any(re.search(p, name) for p in patterns for name in adapters):
@@ -233,6 +261,16 @@ def _check_patterns(field: str, patterns: Iterable[str]) -> None:
       raise ConfigError(
         f"OptimizerConfig.{field}: {pattern!r} is no pattern: {error}"
       ) from error
+
+
+def _check_matches(field: str, patterns: Iterable[str], params: PyTree) -> None:
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  names = [_parameter(path) for path, _ in leaves]
+  unmatched = [p for p in patterns if not any(re.search(p, name) for name in names)]
+  if unmatched:
+    raise ConfigError(
+      f"OptimizerConfig.{field}: {sorted(unmatched)} match no parameter that is trained"
+    )
 
 
 def _parameter(path: tuple) -> str:

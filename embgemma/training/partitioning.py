@@ -181,8 +181,14 @@ def pairs_specs() -> PackedPairs:
   )
 
 
-def place_pairs(pairs: PackedPairs, mesh: Mesh) -> PackedPairs:
-  """The global batch on the mesh, from what this process's shards hold of it."""
+def place_batch(batch: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+  """The global batch on the mesh, from what this process's shards hold of it.
+
+  Args:
+    batch: Numpy arrays.
+    specs: How they are split: a prefix of the tree.
+    mesh: Of the step.
+  """
 
   def place(spec: PartitionSpec, values: PyTree) -> PyTree:
     sharding = NamedSharding(mesh, spec)
@@ -192,7 +198,7 @@ def place_pairs(pairs: PackedPairs, mesh: Mesh) -> PackedPairs:
       lambda x: jax.make_array_from_process_local_data(sharding, x), values
     )
 
-  return jax.tree.map(place, pairs_specs(), pairs)
+  return jax.tree.map(place, specs, batch)
 
 
 def manual_specs(shardings: PyTree, mesh: Mesh) -> PyTree:

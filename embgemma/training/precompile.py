@@ -11,11 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from embgemma.data.packing import PackedPairs, abstract_pairs
 from embgemma.errors import ConfigError
-from embgemma.losses.objective import Objective
-from embgemma.models.embedder import Embedder
-from embgemma.training import partitioning
 from embgemma.training.flops import traced_flops
 from embgemma.training.hardware import Topology, parse_topology
 from embgemma.training.hlo_costs import HloCosts, hlo_costs
@@ -116,7 +112,6 @@ def step_costs(
   topology: Topology,
   plan: StepPlan,
   *,
-  objective: Objective,
   optimizer: OptimizerConfig,
   train_steps: int,
   ema_decay: float | None = None,
@@ -127,12 +122,12 @@ def step_costs(
   Args:
     topology: Of the plan's devices.
     plan: Of the step.
-    objective: As `loop.train` takes it, and so on.
+    optimizer: As `loop.train` takes it, and so on.
   """
   del unused
   run, mesh = plan.run, plan.run.mesh
   step: Any = make_train_step(
-    Embedder(run.model), objective, optimizer, train_steps, mesh, run.state, ema_decay
+    run.learner, optimizer, train_steps, mesh, run.state, ema_decay
   )
   traced = step.trace(run.state, abstract_batch(plan))
   flops = traced_flops(traced.jaxpr)
@@ -142,9 +137,9 @@ def step_costs(
     topology=topology.name,
     mesh=dict(mesh.shape),
     batch_size=plan.batch_size,
-    tokens=plan.tokens,
+    tokens=plan.batch.tokens,
     slots=plan.slots,
-    groups=plan.groups,
+    groups=plan.batch.groups,
     memory=memory,
     flops=flops.counted,
     bf16_flops=flops.passes,
@@ -157,19 +152,17 @@ def step_costs(
   )
 
 
-def abstract_batch(plan: StepPlan) -> PackedPairs:
+def abstract_batch(plan: StepPlan) -> PyTree:
   """A planned step's batch: shapes, dtypes and shardings."""
-  mesh = plan.run.mesh
-  pairs = abstract_pairs(plan.groups, plan.batch_size, plan.negatives, plan.run.shards)
 
   def placed(spec: PartitionSpec, leaves: PyTree) -> PyTree:
-    sharding = NamedSharding(mesh, spec)
+    sharding = NamedSharding(plan.run.mesh, spec)
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       leaves,
     )
 
-  return jax.tree.map(placed, partitioning.pairs_specs(), pairs)
+  return jax.tree.map(placed, plan.run.learner.batch_specs, plan.batch.arrays)
 
 
 def _compiled(traced: Any, topology: Topology, devices: int) -> tuple[Memory, HloCosts]:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from embgemma.training.roofline import ASSUMPTIONS, StepCosts, weak_scaling
+from embgemma.training.step_plan import row_name
 
 _GIB = 2**30
 _COMPARED = (
@@ -49,7 +50,7 @@ def print_step(cost: StepCosts, lengths: str, console: Console) -> None:
 def _step_rows(cost: StepCosts, lengths: str) -> list[tuple[str, str]]:
   mesh = " x ".join(f"{axis} {size}" for axis, size in cost.mesh.items())
   groups = "; ".join(
-    f"{g.microbatches} x {g.rows} rows of {g.length}" for g in cost.groups
+    f"{g.microbatches} x {g.rows} rows of {row_name(g)}" for g in cost.groups
   )
   rows = [
     ("mesh", mesh),

@@ -1,8 +1,7 @@
 """What a run starts from: its own newest checkpoint, another's weights, or nothing."""
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,12 +9,9 @@ import jax
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.models.config import EmbedderConfig
-from embgemma.training.train_state import (
-  TrainState,
-  restored_state,
-  state_from_checkpoint,
-)
+from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.training.train_state import TrainState, restored_state
+from embgemma.training.warm_start import StartingPoint, state_from_checkpoints
 
 
 def check_same_model(
@@ -28,25 +24,34 @@ def check_same_model(
   """
   if not checkpoints.is_checkpoint(directory):
     return
-  kept, config = checkpoints.read_description(directory).embedder, description.embedder
-  # How things are computed changes no number that is kept.
-  transformer = dataclasses.replace(
-    config.transformer,
-    remat=kept.transformer.remat,
-    attention=kept.transformer.attention,
-    dropout_rate=kept.transformer.dropout_rate,
-  )
-  config = dataclasses.replace(config, transformer=transformer)
-  if kept != config:
-    new, old = config.to_json(), kept.to_json()
-    pairs = [(k, old[k], new[k]) for k in new if k != "transformer"]
-    inner_new, inner_old = new["transformer"], old["transformer"]
-    pairs += [(f"transformer.{k}", inner_old[k], inner_new[k]) for k in inner_new]
-    detail = ", ".join(f"{k}: {a} there, {b} here" for k, a, b in pairs if a != b)
+  kept = checkpoints.read_description(directory).config
+  new, old = (_settings(config) for config in (description.config, kept))
+  if new != old:
+    differing = [
+      f"{key}: {old.get(key)} there, {new.get(key)} here"
+      for key in dict.fromkeys((*new, *old))
+      if old.get(key) != new.get(key)
+    ]
     raise CheckpointError(
-      f"{directory} holds a model of another configuration ({detail}); use another "
-      "MODEL_DIR"
+      f"{directory} holds a model of another configuration ({', '.join(differing)}); "
+      "use another MODEL_DIR"
     )
+
+
+# How things are computed changes no number that is kept.
+_COMPUTED = ("remat", "attention", "dropout_rate")
+
+
+def _settings(config: EmbedderConfig | BackboneConfig) -> dict[str, Any]:
+  """What a model is, such as "transformer.width" to 768."""
+  values = {"kind": type(config).__name__}
+  for key, value in config.to_json().items():
+    if isinstance(value, dict):
+      inner = {k: v for k, v in value.items() if k not in _COMPUTED}
+      values |= {f"{key}.{k}": v for k, v in inner.items()}
+    else:
+      values[key] = value
+  return values
 
 
 def resume_step(
@@ -98,11 +103,11 @@ def initial_state(
   step: int | None,
   init: Callable[[jax.Array], TrainState],
   abstract: TrainState,
-  config: EmbedderConfig,
+  config: EmbedderConfig | BackboneConfig,
   seed: int,
-  initial: str | None,
+  points: Sequence[StartingPoint],
 ) -> TrainState:
-  """The state of a step of the run; without one, of another's weights, or new.
+  """The state of a step of the run; without one, of others' weights, or new.
 
   Args:
     store: Of the run.
@@ -111,14 +116,14 @@ def initial_state(
     abstract: Of `abstract_state`.
     config: Of the model.
     seed: Of new parameters.
-    initial: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP; None is new parameters.
+    points: Of `open_starting_points`; none is new parameters.
 
   Raises:
-    CheckpointError: see `restored_state` and `state_from_checkpoint`.
+    CheckpointError: see `restored_state` and `state_from_checkpoints`.
   """
   if step is not None:
     return restored_state(store, step, abstract)
   key = jax.random.key(seed)
-  if initial is None:
+  if not points:
     return init(key)
-  return state_from_checkpoint(init, key, initial, abstract, config)
+  return state_from_checkpoints(init, key, points, abstract, config)

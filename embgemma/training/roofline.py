@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from embgemma.data.packing import GroupShape
+from embgemma.data.sequence_packing import SequenceShape
 from embgemma.training.hardware import HOP_SECONDS, Chip, Route, Topology, route
 from embgemma.training.hlo_costs import Collective
 
@@ -17,7 +18,8 @@ ASSUMPTIONS = (
   "rings over all links that the group spans (lines where a v5e or v6e slice is not 16 "
   "chips long, at half the bandwidth), and 1 µs a hop. A step takes "
   "max(compute, memory) + network; overlapped, the largest of the three. MFU counts 3 "
-  "forward passes over real tokens, nothing computed twice and no loss."
+  "forward passes over real tokens, nothing computed twice, and of a loss the output "
+  "matrix alone."
 )
 
 
@@ -123,7 +125,7 @@ class StepCosts:
     batch_size: Examples of a step, over all devices.
     tokens: Real tokens of a step, over all devices.
     slots: Token slots of a step, padding included, over all devices.
-    groups: Of one shard.
+    groups: Rows of one shard, by their shape.
     memory: Of one device.
     flops: Of matrix products, all devices together, as written.
     bf16_flops: The same, float32 products as the bfloat16 ones they are made of.
@@ -140,7 +142,7 @@ class StepCosts:
   batch_size: int
   tokens: int
   slots: int
-  groups: tuple[GroupShape, ...]
+  groups: tuple[GroupShape | SequenceShape, ...]
   memory: Memory
   flops: float
   bf16_flops: float

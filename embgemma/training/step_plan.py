@@ -1,7 +1,7 @@
 """The shapes of a run's typical step, for devices that need not exist."""
 
 import dataclasses
-import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,18 +9,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from embgemma.data import cache, packing
-from embgemma.data.shape_plan import plan_shapes
-from embgemma.data.tasks import DataConfig
+from embgemma.data import cache
+from embgemma.data.cache import Manifest
+from embgemma.data.packing import GroupShape
+from embgemma.data.sequence_packing import SequenceShape
+from embgemma.data.tasks import CachedData, DataConfig, TextDataConfig
 from embgemma.errors import ConfigError
+from embgemma.losses.denoising import Denoising
 from embgemma.losses.objective import Objective
-from embgemma.models import attention
-from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import Embedder, on_platform
+from embgemma.models.config import BackboneConfig, EmbedderConfig
 from embgemma.training.activation_memory import device_memory, fitting_tokens
-from embgemma.training.flops import forward_flops
+from embgemma.training.learners import Learner
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import Partitioner, data_shards
+from embgemma.training.stages import Stage, TypicalBatch, make_stage
 from embgemma.training.train_state import TrainState, abstract_state
 
 _SAMPLED = 8192
@@ -33,7 +35,8 @@ class TextLengths:
 
   Attributes:
     name: Where they come from.
-    lengths: int [n, 2 + M], tokens of query, positive and negatives; 0 is none.
+    lengths: int [n, 2 + M], tokens of query, positive and negatives; 0 is none. Of
+      documents [n, 1], tokens of segments.
   """
 
   name: str
@@ -41,16 +44,17 @@ class TextLengths:
 
 
 def text_lengths(
-  data: DataConfig,
+  data: CachedData,
   query_tokens: int | None = None,
   passage_tokens: int | None = None,
   cached: bool = True,
 ) -> TextLengths:
-  """Lengths of the cached task with the most tokens an example, or drawn ones.
+  """Lengths of the cached task with the most tokens an example, or others.
 
-  A batch is of one task: the longest texts decide whether a step fits. Drawn are
-  log-normal lengths of the given means, cut as TASK_FEATURE_LENGTHS says; without a
-  mean every text is as long as that allows.
+  A batch is of one task: the longest texts decide whether a step fits. Without a cache
+  pairs have log-normal lengths of the given means, cut as TASK_FEATURE_LENGTHS says,
+  or without a mean the length that allows; and segments of documents are as long as
+  they may be.
 
   Args:
     data: Of the run.
@@ -59,13 +63,57 @@ def text_lengths(
     cached: Whether to look for caches.
 
   Raises:
-    ConfigError: TASK_FEATURE_LENGTHS does not allow a mean.
+    ConfigError: TASK_FEATURE_LENGTHS does not allow a mean, or the run has no pairs.
     DataError: a cache is damaged.
   """
-  if query_tokens is None and passage_tokens is None and cached:
-    found = _cached_lengths(data)
-    if found is not None:
-      return found
+  drawn = query_tokens is not None or passage_tokens is not None
+  if drawn and not isinstance(data, DataConfig):
+    raise ConfigError(
+      "--query_tokens and --passage_tokens are of pairs, and this stage trains on "
+      "documents; remove them: segments have the lengths that are cached, or "
+      "SEGMENT_TOKENS"
+    )
+  found = _cached_lengths(data) if cached and not drawn else None
+  if found is not None:
+    return found
+  if isinstance(data, DataConfig):
+    return _drawn_pairs(data, query_tokens, passage_tokens)
+  assert isinstance(data, TextDataConfig)
+  segments = np.full((_SAMPLED, 1), data.longest)
+  return TextLengths(f"segments of {data.longest} tokens", segments)
+
+
+def vocabulary_file(data: CachedData) -> pathlib.Path | None:
+  """The vocabulary, if there is one yet."""
+  if data.vocabulary is not None and not pathlib.Path(data.vocabulary).is_file():
+    return None
+  path = data.vocabulary_path()
+  return path if path.is_file() else None
+
+
+def complete_caches(data: CachedData) -> Manifest | None:
+  """The caches of a run, if there are any yet.
+
+  Raises:
+    DataError: a cache is damaged.
+  """
+  return None if vocabulary_file(data) is None else cache.manifest(data)
+
+
+def _cached_lengths(data: CachedData) -> TextLengths | None:
+  manifest = complete_caches(data)
+  if manifest is None:
+    return None
+  tasks = {task.name: task.lengths() for task in manifest.tasks}
+  name = max(tasks, key=lambda task: float(tasks[task].sum(axis=1).mean()))
+  every = -(-len(tasks[name]) // _SAMPLED)
+  return TextLengths(f"task {name!r}", np.asarray(tasks[name][::every], int))
+
+
+def _drawn_pairs(
+  data: DataConfig, query_tokens: int | None, passage_tokens: int | None
+) -> TextLengths:
+  """Lengths about the given means."""
   means = [query_tokens, passage_tokens, *[passage_tokens] * data.max_negatives]
   features = ["query", "positive", *["negatives"] * data.max_negatives]
   rng = np.random.default_rng(0)
@@ -85,17 +133,6 @@ def text_lengths(
   return TextLengths(f"drawn, mean tokens: {name}", np.stack(columns, axis=1))
 
 
-def _cached_lengths(data: DataConfig) -> TextLengths | None:
-  unread = data.vocabulary is not None and not os.path.isfile(data.vocabulary)
-  manifest = None if unread else cache.manifest(data)
-  if manifest is None:
-    return None
-  tasks = {task.name: task.lengths() for task in manifest.tasks}
-  name = max(tasks, key=lambda task: float(tasks[task].sum(axis=1).mean()))
-  every = -(-len(tasks[name]) // _SAMPLED)
-  return TextLengths(f"task {name!r}", np.asarray(tasks[name][::every], int))
-
-
 def _drawn(rng: np.random.Generator, mean: int, limit: int) -> np.ndarray:
   if mean == limit:
     return np.full(_SAMPLED, limit)
@@ -109,12 +146,14 @@ class AbstractRun:
 
   Attributes:
     mesh: Devices of a step.
-    model: With the attention that they run.
+    stage: Model, loss and data.
+    learner: Of the stage.
     state: Shapes and shardings.
   """
 
   mesh: Mesh
-  model: EmbedderConfig
+  stage: Stage
+  learner: Learner
   state: TrainState
 
   @property
@@ -126,8 +165,9 @@ class AbstractRun:
 def abstract_run(
   devices: Sequence[jax.Device],
   *,
-  model: EmbedderConfig,
-  objective: Objective,
+  model: EmbedderConfig | BackboneConfig,
+  objective: Objective | Denoising,
+  data: CachedData,
   optimizer: OptimizerConfig,
   train_steps: int,
   partitioner: Partitioner = Partitioner(),
@@ -136,24 +176,21 @@ def abstract_run(
 ) -> AbstractRun:
   """What `loop.train` would set up on the devices, with its arguments.
 
+  But for the state of `OptimizerConfig.alone` where that follows from a starting
+  point: one number.
+
   Raises:
     ConfigError: the mesh does not divide the devices, or a setting that `loop.train`
       refuses.
   """
   del unused
-  objective.check(model.embedding_width)
   mesh = partitioner.mesh(devices)
-  model = on_platform(model, devices[0].platform)
+  stage = make_stage(model, objective, data, devices[0].platform)
+  learner = stage.learner
   _, state = abstract_state(
-    Embedder(model),
-    objective,
-    optimizer,
-    train_steps,
-    ema_decay is not None,
-    partitioner,
-    mesh,
+    learner, optimizer, train_steps, ema_decay is not None, partitioner, mesh
   )
-  return AbstractRun(mesh, model, state)
+  return AbstractRun(mesh, stage, learner, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,24 +200,25 @@ class StepPlan:
   Attributes:
     run: Of the step.
     batch_size: B.
-    negatives: M.
-    groups: Of one shard.
-    tokens: Real tokens of all shards.
-    model_flops: Of forward and backward pass over the real tokens, nothing computed
-      twice: three forward passes.
+    batch: Of the step.
   """
 
   run: AbstractRun
   batch_size: int
-  negatives: int
-  groups: tuple[packing.GroupShape, ...]
-  tokens: int
-  model_flops: float
+  batch: TypicalBatch
 
   @property
   def slots(self) -> int:
     """Token slots of all shards, padding included."""
-    return self.run.shards * sum(group.tokens for group in self.groups)
+    return self.run.shards * sum(group.tokens for group in self.batch.groups)
+
+  @property
+  def model_flops(self) -> float:
+    """Of forward and backward pass over the real tokens, nothing computed twice.
+
+    Three forward passes.
+    """
+    return 3 * self.batch.forward_flops
 
 
 def plan_step(
@@ -189,7 +227,6 @@ def plan_step(
   batch_size: int,
   lengths: np.ndarray,
   *,
-  data: DataConfig,
   optimizer: OptimizerConfig,
   microbatch_tokens: int | None = None,
   **unused: Any,
@@ -201,32 +238,34 @@ def plan_step(
     device_bytes: Memory of a device; None asks the devices.
     batch_size: Examples of a step, over all devices.
     lengths: See `TextLengths`.
-    data: As `loop.train` takes it, and so on.
+    optimizer: As `loop.train` takes it, and so on.
 
   Raises:
     ConfigError: the mesh does not divide the batch, or nothing fits.
   """
   del unused
-  shards, model = run.shards, run.model
+  shards, stage = run.shards, run.stage
   if batch_size % shards:
     raise ConfigError(
       f"a batch of {batch_size:,} is not divided by the mesh's {shards} data shards; "
       f"choose a multiple of {shards}"
     )
-  row_lengths = attention.row_lengths(model.transformer, packing.ROW_LENGTHS)
   if microbatch_tokens is None:
     size = device_memory(run.mesh) if device_bytes is None else device_bytes
-    longest = packing.row_length(data.max_length, row_lengths)
     microbatch_tokens = fitting_tokens(
-      model, longest, run.state, size, optimizer.trainable
+      stage.config, stage.row, run.state, size, optimizer.trainable
     )
-  plan = plan_shapes(lengths, batch_size, shards, microbatch_tokens, row_lengths)
-  share = batch_size / len(lengths)
-  return StepPlan(
-    run=run,
-    batch_size=batch_size,
-    negatives=lengths.shape[1] - 2,
-    groups=plan.typical,
-    tokens=round(int(lengths.sum()) * share),
-    model_flops=3 * share * forward_flops(model, lengths.reshape(-1)),
-  )
+  batch = stage.typical_batch(lengths, batch_size, shards, microbatch_tokens)
+  return StepPlan(run, batch_size, batch)
+
+
+def row(group: GroupShape | SequenceShape) -> tuple[int, ...]:
+  """Tokens of a row, on each side of the model."""
+  if isinstance(group, GroupShape):
+    return (group.length,)
+  return (group.inputs, group.targets) if group.inputs else (group.targets,)
+
+
+def row_name(group: GroupShape | SequenceShape) -> str:
+  """A row as it is spoken of: "512", or of two sides "512 + 256"."""
+  return " + ".join(f"{tokens}" for tokens in row(group))

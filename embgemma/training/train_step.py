@@ -7,11 +7,8 @@ import jax
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from embgemma.data.packing import PackedPairs, split_roles
-from embgemma.losses.objective import Objective, PairBatch
-from embgemma.models.embedder import Embedder
 from embgemma.training import partitioning
-from embgemma.training.gradient_cache import embed_groups
+from embgemma.training.learners import Learner, parameter_parts
 from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
 from embgemma.training.partitioning import BATCH_AXES
 from embgemma.training.train_state import TrainState
@@ -23,8 +20,7 @@ class TrainStep:
   """Gradient, clip, update: (state, batch) -> (state, metrics).
 
   Attributes:
-    model: The embedding function.
-    objective: The loss.
+    learner: The model and its loss.
     optimizer: Clipping and update rule.
     mesh: Devices of the step.
     specs: How the parameters are split over them, see `partitioning.manual_specs`.
@@ -34,8 +30,7 @@ class TrainStep:
     seed: Of dropout.
   """
 
-  model: Embedder
-  objective: Objective
+  learner: Learner
   optimizer: optax.GradientTransformation
   mesh: Mesh
   specs: PyTree
@@ -43,103 +38,67 @@ class TrainStep:
   trainable: Sequence[str] | None = None
   seed: int = 0
 
-  def __call__(
-    self, state: TrainState, pairs: PackedPairs
-  ) -> tuple[TrainState, Metrics]:
-    gradients, metrics = self.gradients(state.params, pairs, state.step)
+  def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+    gradients, metrics = self.gradients(state.params, batch, state.step)
     trainable, frozen = split_trainable(state.params, self.trainable)
     updates, opt_state = self.optimizer.update(gradients, state.opt_state, trainable)
     trainable = optax.apply_updates(trainable, updates)
     ema = state.ema
     if ema is not None and self.ema_decay is not None:
-      ema = self._averaged(trainable["embedder"], ema, self.ema_decay)
+      ema = self._averaged(trainable["model"], ema, self.ema_decay)
     params = join(trainable, frozen)
     new_state = TrainState(state.step + 1, params, opt_state, ema)
     return new_state, metrics | gradient_norms(gradients)
 
   def gradients(
-    self, params: Params, pairs: PackedPairs, step: Array
+    self, params: Params, batch: PyTree, step: Array
   ) -> tuple[Params, Metrics]:
     """Gradients of the trainable parameters, split as these are, and the metrics."""
     specs, frozen_specs = split_trainable(self.specs, self.trainable)
     trainable, frozen = split_trainable(params, self.trainable)
 
-    def on_shard(trainable, frozen, pairs, step):
-      whole = partitioning.gather(trainable, specs)
-      gradients, metrics = self._shard_gradients(
-        whole, partitioning.gather(frozen, frozen_specs), pairs, step
+    def on_shard(trainable, frozen, batch, step):
+      gradients, metrics = self.learner.gradients(
+        partitioning.gather(trainable, specs),
+        partitioning.gather(frozen, frozen_specs),
+        batch,
+        self._dropout_key(step),
       )
       return partitioning.sum_gradients(gradients, specs), metrics
 
     return jax.shard_map(
       on_shard,
       mesh=self.mesh,
-      in_specs=(specs, frozen_specs, partitioning.pairs_specs(), PartitionSpec()),
+      in_specs=(specs, frozen_specs, self.learner.batch_specs, PartitionSpec()),
       out_specs=(specs, PartitionSpec()),
       axis_names=partitioning.manual_axes(self.mesh),
-      check_vma=False,  # the objective differentiates shares of the loss
-    )(trainable, frozen, pairs, step)
+      check_vma=False,  # losses are differentiated as shares of the whole
+    )(trainable, frozen, batch, step)
 
-  def _shard_gradients(
-    self, trainable: Params, frozen: Params, pairs: PackedPairs, step: Array
-  ) -> tuple[Params, Metrics]:
-    """This shard's part of the gradients, and the metrics of the whole batch."""
-    vectors, pullback = embed_groups(
-      self.model,
-      trainable["embedder"],
-      frozen.get("embedder", {}),
-      pairs.groups,
-      self._dropout_key(step),
-    )
-
-    def loss(vectors: Array, params: Params) -> tuple[Array, Metrics]:
-      query, positive, negative = split_roles(
-        vectors, pairs.slots, pairs.query_hash.shape[0]
-      )
-      batch = PairBatch(
-        query=query,
-        positive=positive,
-        negative=negative,
-        negative_mask=pairs.negative_mask,
-        query_hash=pairs.query_hash,
-        positive_hash=pairs.positive_hash,
-      )
-      return self.objective(batch, params, BATCH_AXES)
-
-    (_, metrics), (of_vectors, of_objective) = jax.value_and_grad(
-      loss, argnums=(0, 1), has_aux=True
-    )(vectors, trainable["objective"])
-    gradients = {"embedder": pullback(of_vectors), "objective": of_objective}
-    return gradients, metrics
-
-  def _dropout_key(self, step: Array) -> Array | None:
-    if not self.model.config.transformer.dropout_rate:
-      return None
+  def _dropout_key(self, step: Array) -> Array:
     key = jax.random.fold_in(jax.random.key(self.seed), step)
     return jax.random.fold_in(key, jax.lax.axis_index(BATCH_AXES))
 
   def _averaged(self, trainable: Params, ema: Params, decay: float) -> Params:
     # The average of equal values may round to another one: frozen ones stay out.
-    moving, still = split_trainable({"embedder": ema}, self.trainable)
-    moved = optax.incremental_update(trainable, moving["embedder"], 1.0 - decay)
-    return join({"embedder": moved}, still)["embedder"]
+    moving, still = split_trainable({"model": ema}, self.trainable)
+    moved = optax.incremental_update(trainable, moving["model"], 1.0 - decay)
+    return join({"model": moved}, still)["model"]
 
 
 def make_train_step(
-  model: Embedder,
-  objective: Objective,
+  learner: Learner,
   optimizer: OptimizerConfig,
   train_steps: int,
   mesh: Mesh,
   abstract: TrainState,
   ema_decay: float | None = None,
   seed: int = 0,
-) -> Callable[[TrainState, PackedPairs], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
   """The jitted step of a run; it donates the state.
 
   Args:
-    model: The embedding function; its attention suits the mesh's platform.
-    objective: The loss.
+    learner: The model and its loss.
     optimizer: Update rule and schedule.
     train_steps: Of the run.
     mesh: Devices of the step, which need not be there to lower and compile it.
@@ -148,8 +107,7 @@ def make_train_step(
     seed: Of dropout.
   """
   step = TrainStep(
-    model,
-    objective,
+    learner,
     optimizer.build(train_steps),
     mesh,
     partitioning.manual_specs(abstract.params, mesh),
@@ -158,8 +116,8 @@ def make_train_step(
     seed,
   )
 
-  def train_step(state: TrainState, pairs: PackedPairs) -> tuple[TrainState, Metrics]:
-    return step(state, pairs)  # a function: programs and traces get its name
+  def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+    return step(state, batch)  # a function: programs and traces get its name
 
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -167,12 +125,6 @@ def make_train_step(
 
 def gradient_norms(gradients: Params) -> Metrics:
   """Global norms of the gradient: of all, and of each part that is trained."""
-  embedder = gradients["embedder"]
-  encoder = dict(embedder.get("encoder", {}))
-  parts = {
-    "table": encoder.pop("embedder", {}),
-    "layers": encoder,
-    "heads": {k: v for k, v in embedder.items() if k != "encoder"},
-  }
-  norms = {f"gradient_norm/{k}": optax.tree.norm(v) for k, v in parts.items() if v}
+  parts = parameter_parts(gradients["model"])
+  norms = {f"gradient_norm/{k}": optax.tree.norm(v) for k, v in parts.items()}
   return {"gradient_norm": optax.tree.norm(gradients), **norms}

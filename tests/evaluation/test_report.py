@@ -42,6 +42,37 @@ def test_only_bm25_has_rows_without_width():
   assert "| mean | ndcg@10 |  | 45.00 |" in table
 
 
+def test_losses_are_not_scaled():
+  """A mean over denoisers is none of them: each has a row of its own."""
+  results = {
+    "mixture": {
+      "prose": {"loss": 2.5, "loss/R": 2.0, "loss/S": 3.0, "accuracy/R": 0.5},
+      "code": {"loss": 1.5, "loss/R": 1.25, "loss/S": 1.75},
+    },
+    "decoder": {
+      "prose": {"loss": 2.0, "perplexity": 7.3891, "accuracy": 0.25},
+      "code": {"loss": 1.0, "perplexity": 2.7183},
+    },
+  }
+  table = report.results_markdown(results, scale=100.0, digits=1)
+  assert table.splitlines()[2:] == [
+    "| prose | loss |  | 2.500 | 2.000 |",
+    "| prose | loss | R | 2.000 | – |",
+    "| prose | loss | S | 3.000 | – |",
+    "| prose | accuracy | R | 50.0 | – |",
+    "| prose | accuracy |  | – | 25.0 |",
+    "| prose | perplexity |  | – | 7.389 |",
+    "| code | loss |  | 1.500 | 1.000 |",
+    "| code | loss | R | 1.250 | – |",
+    "| code | loss | S | 1.750 | – |",
+    "| code | perplexity |  | – | 2.718 |",
+    "| mean | loss |  | 2.000 | 1.500 |",
+    "| mean | loss | R | 1.625 | – |",
+    "| mean | loss | S | 2.375 | – |",
+    "| mean | perplexity |  | – | 5.054 |",
+  ]
+
+
 def test_markdown_escapes_bars():
   table = report.results_markdown({"a|b": {"t": {"ndcg@10": 0.5}}})
   assert "a\\|b" in table

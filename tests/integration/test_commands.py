@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from embgemma import cli
 from embgemma.checkpoints import CheckpointStore, read_description
+from embgemma.interop import conversion, weights
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +81,38 @@ def test_finetune_starts_from_another_checkpoint(
   assert kept["0"]["plain"][key] == pytest.approx(source["30"]["plain"][key], abs=1e-6)
   store = CheckpointStore(tmp_path / "run")
   assert store.shipped_item(store.resolve_step(None)) == "ema"
+
+
+def test_soup_of_a_run(trained, workspace, tmp_path):
+  """The mean of its steps, which evaluates about as well as they do."""
+  flags = (str(trained), f"--output={tmp_path / 'soup'}")
+  done = workspace.run("soup", *flags, "--last=3")
+  assert done.returncode == 1
+  assert "keeps 2 steps: [20, 30]" in done.stderr
+  assert list(tmp_path.iterdir()) == []
+  done = workspace.run("soup", *flags, "--last=2")
+  assert done.returncode == 0, done.stderr
+  config = read_description(trained).embedder
+  one, other = (weights.read(trained, step, config) for step in (20, 30))
+  jax.tree.map(
+    lambda found, a, b: np.testing.assert_allclose(
+      found, np.mean([a, b], axis=0, dtype=np.float64), rtol=1e-6, atol=1e-9
+    ),
+    conversion.open_embedder(tmp_path / "soup").params,
+    one,
+    other,
+  )
+  plain, results = workspace.root / "plain.jsonl", tmp_path / "results.json"
+  done = workspace.run(
+    "eval",
+    f"--checkpoint={tmp_path / 'soup'}",
+    f"--data=plain={plain}",
+    f"--output={results}",
+  )
+  assert done.returncode == 0, done.stderr
+  kept = json.loads((trained / "evaluations.json").read_text())["30"]["plain"]
+  found = json.loads(results.read_text())["step 0"]["plain"]
+  assert found["ndcg@10/32"] == pytest.approx(kept["ndcg@10/32"], abs=0.1)
 
 
 def embed(workspace, *flags: str) -> subprocess.CompletedProcess[str]:

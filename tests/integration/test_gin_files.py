@@ -1,20 +1,38 @@
 """Every gin file parses with what it goes with, and `explain` resolves it."""
 
+import dataclasses
 import pathlib
 import re
 import sys
 
 import gin
+import jax
+import numpy as np
 import pytest
 
 from embgemma import checkpoints, cli, gin_config
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import ConfigError
-from embgemma.models.config import EmbedderConfig, TransformerConfig
+from embgemma.models import embedder, encoder_decoder
+from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
 
 GIN = pathlib.Path(__file__).parents[2] / "gin"
-MODELS = sorted(path.stem for path in (GIN / "models").glob("*.gin"))
-STAGES = sorted(path.stem for path in (GIN / "stages").glob("*.gin"))
+EMBEDDERS = (
+  "embeddinggemma_300m",
+  "from_checkpoint",
+  "gemma3_270m",
+  "lora",
+  "mini",
+  "small",
+  "tiny",
+)
+STAGES_OF_PAIRS = ("finetune", "prefinetune")
+# Files of a model, and the stage that trains it on documents.
+BACKBONES = (
+  (("tiny", "decoder"), "pretrain"),
+  (("tiny", "encoder_decoder"), "adapt"),
+  (("adapted",), "adapt"),
+)
 _LAYER = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 16 + 4 * 32
 _BASE = 640 * 32 + 6 * _LAYER + 32 + 32 * 48 + 48 * 32
 RECIPES = sorted(path.stem for path in (GIN / "recipes").glob("*.gin"))
@@ -45,26 +63,50 @@ def total_parameters(output: str) -> int:
   return int(re.search(r"parameters: total\D+([\d,]+)", output)[1].replace(",", ""))
 
 
-@pytest.fixture
-def base(tmp_path) -> pathlib.Path:
-  """What `explain` reads of a checkpoint."""
-  transformer = TransformerConfig(
-    vocab_size=640, num_layers=6, width=32, mlp_width=48, num_heads=2, num_kv_heads=1,
-    head_dim=16,
-  )  # fmt: skip
-  config = EmbedderConfig(
-    transformer, hidden_width=48, embedding_width=32, matryoshka_widths=(32, 8)
-  )
+@pytest.fixture(scope="module")
+def write_base(tmp_path_factory):
+  """Writes a checkpoint of zeros of a small model."""
+  root = tmp_path_factory.mktemp("bases")
   texts = ["some text to train a vocabulary on, and then some more of it"]
-  vocabulary = train_vocabulary(texts, 420, tmp_path / "small.model", sentinels=4)
-  lengths = {"query": 16, "positive": 16, "negatives": 16}
-  description = checkpoints.Description(config, lengths, {})
-  checkpoints.write_description(tmp_path / "base", description, vocabulary, "")
-  return tmp_path / "base"
+  vocabulary = train_vocabulary(texts, 620, root / "small.model", sentinels=200)
+
+  def write(name, module, config) -> pathlib.Path:
+    lengths = dict.fromkeys(("query", "positive", "negatives"), 16)
+    description = checkpoints.Description(config, lengths, {})
+    checkpoints.write_description(root / name, description, vocabulary, "")
+    zeros = jax.tree.map(
+      lambda leaf: np.zeros(leaf.shape, leaf.dtype), module.abstract_params(config)
+    )
+    checkpoints.write_weights(root / name, zeros)
+    return root / name
+
+  return write
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("model", MODELS)
+_STACK = TransformerConfig(
+  vocab_size=640, num_layers=6, width=32, mlp_width=48, num_heads=2, num_kv_heads=1,
+  head_dim=16, attention_pattern=("local", "global"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(write_base) -> pathlib.Path:
+  """A checkpoint of an embedder."""
+  config = EmbedderConfig(
+    _STACK, hidden_width=48, embedding_width=32, matryoshka_widths=(32, 8)
+  )
+  return write_base("embedder", embedder, config)
+
+
+@pytest.fixture(scope="module")
+def pretrained(write_base) -> pathlib.Path:
+  """A checkpoint of a decoder alone."""
+  decoder = dataclasses.replace(_STACK, mask="causal", window=(511, 0))
+  return write_base("decoder", encoder_decoder, BackboneConfig(decoder=decoder))
+
+
+@pytest.mark.parametrize("stage", STAGES_OF_PAIRS)
+@pytest.mark.parametrize("model", EMBEDDERS)
 def test_model_with_stage(model, stage, pairs, base, capsys):
   text = (GIN / "models" / f"{model}.gin").read_text()
   own = "VOCABULARY_SIZE = None" in text and "checkpoint" not in text
@@ -87,6 +129,74 @@ def test_model_with_stage(model, stage, pairs, base, capsys):
   }
   if model in expected:
     assert total_parameters(output) == expected[model]
+  # An embedder that goes on is not adapted.
+  assert "part " not in output
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+  path = tmp_path / "documents.jsonl"
+  path.write_text('{"text": "a document"}\n')
+  monkeypatch.setenv("EMBGEMMA_CACHE", str(tmp_path / "cache"))
+  return path
+
+
+@pytest.mark.parametrize(("models", "stage"), BACKBONES)
+def test_backbone_with_stage(models, stage, documents, pretrained, capsys):
+  output = explain(
+    capsys,
+    *(f"--gin_file=gin/models/{model}.gin" for model in models),
+    f"--gin_file=gin/stages/{stage}.gin",
+    f"--gin.TEXT_TASKS={{'documents': '{documents}'}}",
+    *(
+      [f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}"] if models == ("adapted",) else []
+    ),
+  )
+  tiny = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256 + 2 * 64 + 4 * 128) + 128
+  small = 6 * _LAYER + 32
+  expected, row, segment = {
+    "decoder": (8192 * 128 + tiny, "512", 511),
+    "encoder_decoder": (8192 * 128 + 2 * tiny, "512 + 512", 256),
+    "adapted": (640 * 32 + 2 * small, "512 + 512", 256),
+  }[models[-1]]
+  assert total_parameters(output) == expected
+  for part in (
+    f"rows of {row} on a shard",
+    f"segments of {segment} tokens",
+    "logits of a chunk",
+    "│ documents │ 1.000 │   100 │",
+  ):
+    assert part in output
+  adapted = re.findall(r"^encoder token table +(\S+)  (.*)$", output, re.MULTILINE)
+  source = f"{pretrained}, decoder token table"
+  assert adapted == ([("20,480", source)] if models == ("adapted",) else [])
+
+
+def test_an_embedder_of_a_pretrained_decoder(pairs, pretrained, capsys):
+  flags = (
+    "--gin_file=gin/models/from_checkpoint.gin",
+    "--gin_file=gin/stages/prefinetune.gin",
+    f"--gin.JSONL_TASKS={{'pairs': '{pairs}'}}",
+    f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}",
+  )
+  output = explain(capsys, *flags)
+  assert f"{pretrained}, decoder attention" in output
+  assert re.search(r"projection_up +[\d,]+  random\n", output)
+  # Of another vocabulary only training can tell once it is there.
+  output = explain(capsys, *flags, "--gin.VOCABULARY=none.model")
+  assert "where the parameters come from: known once" in output
+
+
+def test_a_run_that_goes_on_adapts_nothing(pairs, pretrained, capsys):
+  output = explain(
+    capsys,
+    "--gin_file=gin/models/from_checkpoint.gin",
+    "--gin_file=gin/stages/prefinetune.gin",
+    f"--gin.JSONL_TASKS={{'pairs': '{pairs}'}}",
+    f"--gin.INITIAL_CHECKPOINT_PATH={pretrained}",
+    f"--gin.MODEL_DIR={pretrained}",  # as if it were a run's
+  )
+  assert "random" not in output
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -96,7 +206,10 @@ def test_recipe(recipe, pairs, capsys):
 
 
 def test_every_gin_file_is_tested():
-  tested = {f"models/{name}" for name in MODELS} | {f"stages/{name}" for name in STAGES}
+  tested = {f"models/{name}" for name in EMBEDDERS}
+  tested |= {f"models/{name}" for models, _ in BACKBONES for name in models}
+  tested |= {f"stages/{name}" for name in STAGES_OF_PAIRS}
+  tested |= {f"stages/{stage}" for _, stage in BACKBONES}
   tested |= {f"recipes/{name}" for name in RECIPES}
   files = {str(path.relative_to(GIN).with_suffix("")) for path in GIN.rglob("*.gin")}
   assert files == tested

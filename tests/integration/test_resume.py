@@ -1,22 +1,15 @@
 """A run that is stopped in any way ends where it would have ended."""
 
 import contextlib
-import importlib.util
 import os
 import pathlib
 import signal
-import sys
 import time
 
+import kill_resume
 import pytest
 
 pytestmark = pytest.mark.slow
-
-SCRIPT = pathlib.Path(__file__).parents[2] / "benchmarks" / "faults" / "kill_resume.py"
-_SPEC = importlib.util.spec_from_file_location("kill_resume", SCRIPT)
-kill_resume = importlib.util.module_from_spec(_SPEC)
-sys.modules["kill_resume"] = kill_resume
-_SPEC.loader.exec_module(kill_resume)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,18 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
-from embgemma.models.config import EmbedderConfig, TransformerConfig
+from embgemma.data.sequence_packing import SequenceShape, abstract_sequences
+from embgemma.losses.denoising import cross_entropy
+from embgemma.models import encoder_decoder
+from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
 from embgemma.models.embedder import Embedder, abstract_params
-from embgemma.training.flops import Flops, forward_flops, traced_flops, visible_pairs
+from embgemma.training.flops import (
+  Flops,
+  forward_flops,
+  sequence_flops,
+  traced_flops,
+  visible_pairs,
+)
 from embgemma.typing import PackedTexts
 
 
@@ -163,3 +172,65 @@ def test_a_training_pass_is_three_times_the_closed_form():
   counted = traced_flops(gradient.jaxpr).counted
   # Pooling and the like: little, and not in the closed form.
   assert expected <= counted <= 1.02 * expected
+
+
+DECODER = dataclasses.replace(TRANSFORMER, mask="causal", window=(3, 0), num_layers=2)
+# Another shape than the encoder's: what is whose cannot be mixed up.
+NARROW = dataclasses.replace(
+  DECODER, width=12, mlp_width=20, num_heads=6, num_kv_heads=3, head_dim=4
+)
+
+
+def test_sequence_flops_by_hand():
+  """One example of 4 inputs and 5 targets beside one without inputs, of 2 targets."""
+  sizes = np.array([[4, 5], [0, 2]])
+  layer = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 32
+  # Causal, 4 keys of a local layer: 1 + 2 + 3 + 4 + 4 of five; 1 + 2 of two.
+  own = (14 + 3) + (15 + 3)
+  alone = 2 * 2 * layer * 7 + 4 * 2 * 8 * own + 2 * 64 * 16 * 7
+  assert sequence_flops(BackboneConfig(None, DECODER), sizes) == alone
+  encoder = 2 * 3 * layer * 4 + 4 * 2 * 8 * (15 + 16 + 15)
+  # In both layers: keys and values of 4 states, 4 x 5 pairs.
+  reading = 2 * (2 * (2 * 16 * 8) * 4 + 4 * 2 * 8 * 20)
+  merged = BackboneConfig(TRANSFORMER, DECODER)
+  assert sequence_flops(merged, sizes) == alone + encoder + reading
+  separate = dataclasses.replace(merged, cross_attention="separate")
+  queries_and_output = 2 * 2 * (2 * 16 * 16) * 7
+  expected = alone + encoder + reading + queries_and_output
+  assert sequence_flops(separate, sizes) == expected
+
+
+@pytest.mark.parametrize("kind", ["alone", "merged", "separate"])
+def test_a_training_pass_of_a_decoder_is_three_times_the_closed_form(kind):
+  """Over full rows of one example each; masked logits are computed, not counted."""
+
+  def plain(stack):
+    return dataclasses.replace(
+      stack, attention_pattern=("global",), attention="reference"
+    )
+
+  encoder, decoder = plain(TRANSFORMER), plain(DECODER)
+  inputs, targets, rows = 24, 16, 4
+  if kind == "separate":
+    decoder = plain(NARROW)
+    config = BackboneConfig(encoder, decoder, "separate", shared_table=False)
+  else:
+    config = BackboneConfig(None if kind == "alone" else encoder, decoder)
+  if config.encoder is None:
+    inputs = 0
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+    abstract_sequences(SequenceShape(inputs, targets, 1, rows), 1),
+  )
+
+  def loss(params, batch):
+    hidden = encoder_decoder.hidden_states(config, params, batch)
+    table = encoder_decoder.output_table(config, params)
+    return cross_entropy(hidden, table, batch.targets, batch.weights).loss
+
+  params = encoder_decoder.abstract_params(config)
+  gradient = jax.jit(jax.grad(loss)).trace(params, batch)
+  closed = sequence_flops(config, np.full((rows, 2), (inputs, targets)))
+  masked = rows * targets * (targets - 1) // 2
+  closed += 4 * decoder.num_layers * decoder.num_heads * decoder.head_dim * masked
+  assert traced_flops(gradient.jaxpr).counted == 3 * closed

@@ -15,6 +15,7 @@ from embgemma.models.config import LoraConfig
 from embgemma.models.embedder import Embedder
 from embgemma.training import partitioning
 from embgemma.training.gradient_cache import embed_groups
+from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
 from embgemma.training.partitioning import Partitioner, data_shards
 from embgemma.training.train_state import abstract_state
@@ -41,9 +42,9 @@ class Computed:
 def compute(config, objective, task, partitioner, devices, microbatch_tokens=None):
   """Gradients and metrics of one batch on a mesh."""
   mesh = partitioner.mesh(devices)
-  model = Embedder(config)
+  learner = EmbeddingLearner(config, objective)
   init, abstract = abstract_state(
-    model, objective, OptimizerConfig(), 1, False, partitioner, mesh
+    learner, OptimizerConfig(), 1, False, partitioner, mesh
   )
   source = StepSource(
     [task],
@@ -56,10 +57,12 @@ def compute(config, objective, task, partitioner, devices, microbatch_tokens=Non
   )
   batch = source.batch(0)
   specs = partitioning.manual_specs(abstract.params, mesh)
-  step = TrainStep(model, objective, OptimizerConfig().build(1), mesh, specs)
+  step = TrainStep(learner, OptimizerConfig().build(1), mesh, specs)
   state = init(jax.random.key(0))
   gradients, metrics = jax.jit(step.gradients, compiler_options=QUICK)(
-    state.params, partitioning.place_pairs(batch.arrays, mesh), state.step
+    state.params,
+    partitioning.place_batch(batch.arrays, learner.batch_specs, mesh),
+    state.step,
   )
   shapes = batch.arrays.group_shapes(data_shards(mesh))
   return Computed(
@@ -136,9 +139,13 @@ def test_against_differentiating_all_at_once(change, config, objective, task):
     trainable = ("projection_",)
   model = Embedder(dataclasses.replace(config, transformer=transformer, lora=lora))
   init, _ = abstract_state(
-    model, objective, OptimizerConfig(trainable=trainable), 1, False, Partitioner(),
+    EmbeddingLearner(model.config, objective),
+    OptimizerConfig(trainable=trainable),
+    1,
+    False,
+    Partitioner(),
     Partitioner().mesh(jax.devices()[:1]),
-  )  # fmt: skip
+  )
   params = init(jax.random.key(0)).params
   if lora is not None:  # B starts at zero, where A has no gradient
     params = jax.tree.map(lambda x: x + 0.01, params)
@@ -149,12 +156,12 @@ def test_against_differentiating_all_at_once(change, config, objective, task):
 
   def cached(moving):
     vectors, pull = embed_groups(
-      model, moving["embedder"], still.get("embedder", {}), pairs.groups, key
+      model, moving["model"], still.get("model", {}), pairs.groups, key
     )
     return pull(jax.grad(lambda v: roles_loss(objective, v, pairs))(vectors))
 
-  def at_once(embedder):
-    whole = join({"embedder": embedder, "objective": {}}, still)["embedder"]
+  def at_once(params):
+    whole = join({"model": params, "objective": {}}, still)["model"]
     parts = []
     for index, group in enumerate(pairs.groups):
       for number in range(group.tokens.shape[0]):
@@ -166,6 +173,6 @@ def test_against_differentiating_all_at_once(change, config, objective, task):
     return roles_loss(objective, jnp.concatenate(parts), pairs)
 
   ours = jax.jit(cached, compiler_options=QUICK)(moving)
-  theirs = jax.jit(jax.grad(at_once), compiler_options=QUICK)(moving["embedder"])
+  theirs = jax.jit(jax.grad(at_once), compiler_options=QUICK)(moving["model"])
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   assert relative_difference(ours, theirs) < 1e-5

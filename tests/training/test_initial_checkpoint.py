@@ -8,8 +8,9 @@ from embgemma import checkpoints
 from embgemma.checkpoints import Description
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.models.config import BackboneConfig, LoraConfig
+from embgemma.models.config import BackboneConfig, EmbedderConfig, LoraConfig
 from embgemma.training.initial_checkpoint import (
+  checkpoint_encoder_decoder,
   checkpoint_model,
   checkpoint_vocabulary,
   checkpoint_widths,
@@ -64,16 +65,78 @@ def test_what_training_may_change(config, write, field, value, of_transformer):
   assert dataclasses.replace(changed, **{field: getattr(original, field)}) == original
 
 
-@pytest.mark.parametrize(
-  "function", [checkpoint_model, checkpoint_widths, checkpoint_vocabulary]
+FUNCTIONS = (
+  checkpoint_model,
+  checkpoint_widths,
+  checkpoint_vocabulary,
+  checkpoint_encoder_decoder,
 )
-def test_no_embedder(config, write, tmp_path, function):
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_checkpoint(tmp_path, function):
   for path in (None, ""):
     with pytest.raises(ConfigError, match="--gin.INITIAL_CHECKPOINT_PATH"):
       function(path)
   with pytest.raises(CheckpointError, match="INITIAL_CHECKPOINT_PATH .*no model.json"):
     function(str(tmp_path / "none"))
-  decoder = dataclasses.replace(config.transformer, mask="causal")
+
+
+@pytest.fixture
+def decoder(config):
+  return dataclasses.replace(config.transformer, mask="causal", window=(15, 0))
+
+
+def test_an_embedder_of_pretrained_stacks(config, decoder, write):
+  """The encoder where there is one, or else the decoder that sees both sides."""
   path = write(BackboneConfig(decoder=decoder))
-  with pytest.raises(CheckpointError, match=f"{path}.*only an embedder"):
-    function(path)
+  both_sides = dataclasses.replace(decoder, mask="bidirectional", window=(8, 8))
+  expected = EmbedderConfig(
+    both_sides, hidden_width=64, embedding_width=16, matryoshka_widths=(16,)
+  )
+  assert checkpoint_model(path) == expected
+  assert checkpoint_widths(path) == (16,)
+  assert checkpoint_vocabulary(path) == f"{path}/tokenizer.model"
+  changed = checkpoint_model(path, remat="dots", window=(3, 4), lora=LoraConfig(rank=3))
+  assert changed == dataclasses.replace(
+    expected,
+    transformer=dataclasses.replace(both_sides, remat="dots", window=(3, 4)),
+    lora=LoraConfig(rank=3),
+  )
+  encoder = dataclasses.replace(config.transformer, window=(2, 2))
+  path = write(BackboneConfig(encoder, decoder))
+  assert checkpoint_model(path) == dataclasses.replace(expected, transformer=encoder)
+
+
+def test_an_encoder_decoder_of_a_decoder(decoder, write):
+  path = write(BackboneConfig(decoder=dataclasses.replace(decoder, remat="full")))
+  encoder = dataclasses.replace(decoder, mask="bidirectional", window=(8, 8))
+  assert checkpoint_encoder_decoder(path) == BackboneConfig(encoder, decoder)
+  # The window is the encoder's alone.
+  found = checkpoint_encoder_decoder(
+    f"{path}/checkpoints/7",
+    cross_attention="separate",
+    shared_table=False,
+    dtype="bfloat16",
+    remat="dots",
+    window=(3, 4),
+  )
+  trained = {"dtype": "bfloat16", "remat": "dots"}
+  assert found == BackboneConfig(
+    dataclasses.replace(encoder, window=(3, 4), **trained),
+    dataclasses.replace(decoder, **trained),
+    cross_attention="separate",
+    shared_table=False,
+  )
+
+
+def test_an_encoder_decoder_goes_on(config, decoder, write):
+  kept = BackboneConfig(dataclasses.replace(config.transformer, num_layers=2), decoder)
+  assert checkpoint_encoder_decoder(write(kept)) == kept
+
+
+def test_an_encoder_decoder_needs_a_decoder(config, write):
+  for alone in (config, BackboneConfig(encoder=config.transformer)):
+    path = write(alone)
+    with pytest.raises(CheckpointError, match=f"{path}: has no decoder"):
+      checkpoint_encoder_decoder(path)

@@ -16,22 +16,18 @@ from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models import lora
 from embgemma.models.config import LoraConfig
-from embgemma.models.embedder import Embedder
 from embgemma.training import partitioning
+from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import (
   OptimizerConfig,
   Schedule,
   join,
   split_trainable,
 )
-from embgemma.training.partitioning import Partitioner, data_shards, place_pairs
-from embgemma.training.train_state import (
-  abstract_state,
-  restored_state,
-  save_state,
-  state_from_checkpoint,
-)
+from embgemma.training.partitioning import Partitioner, data_shards, place_batch
+from embgemma.training.train_state import abstract_state, restored_state, save_state
 from embgemma.training.train_step import TrainStep
+from embgemma.training.warm_start import open_starting_points, state_from_checkpoints
 
 STEPS = 3
 BATCH = 16
@@ -73,10 +69,9 @@ class Setup:
   def __post_init__(self):
     count = 8 if self.partitioner.fsdp > 1 else 1
     self.mesh = self.partitioner.mesh(jax.devices()[:count])
-    model = Embedder(self.config)
+    self.learner = EmbeddingLearner(self.config, self.objective)
     self.init, self.abstract = abstract_state(
-      model,
-      self.objective,
+      self.learner,
       self.optimizer,
       STEPS,
       self.ema_decay is not None,
@@ -84,8 +79,7 @@ class Setup:
       self.mesh,
     )
     self.step = TrainStep(
-      model,
-      self.objective,
+      self.learner,
       self.optimizer.build(STEPS),
       self.mesh,
       partitioning.manual_specs(self.abstract.params, self.mesh),
@@ -97,16 +91,17 @@ class Setup:
     return self.init(jax.random.key(0))
 
   def state_from(self, directory):
+    vocabulary = checkpoints.read_vocabulary(directory)
+    points = open_starting_points(str(directory), None, self.config, vocabulary)
     key = jax.random.key(0)
-    return state_from_checkpoint(
-      self.init, key, str(directory), self.abstract, self.config
-    )
+    return state_from_checkpoints(self.init, key, points, self.abstract, self.config)
 
   def batches(self, task):
     shards = data_shards(self.mesh)
     vocab_size = self.config.transformer.vocab_size
     source = StepSource([task], BATCH, 0, shards, vocab_size)
-    return [place_pairs(source.batch(n).arrays, self.mesh) for n in range(STEPS)]
+    specs = self.learner.batch_specs
+    return [place_batch(source.batch(n).arrays, specs, self.mesh) for n in range(STEPS)]
 
   def train(self, task):
     """The first and the last state, on the host, and the metrics of the last step."""
@@ -134,7 +129,7 @@ def test_only_adapters_change(config, objective, task, ema_decay):
   optimizer = dataclasses.replace(OPTIMIZER, weight_decay=0.0)
   setup = Setup(config, objective, optimizer, ema_decay=ema_decay)
   first, last, metrics = setup.train(task)
-  trees = [(first.params["embedder"], last.params["embedder"])]
+  trees = [(first.params["model"], last.params["model"])]
   if ema_decay is not None:
     trees.append((first.ema, last.ema))
   for before, after in trees:
@@ -142,8 +137,8 @@ def test_only_adapters_change(config, objective, task, ema_decay):
     assert before.keys() == after.keys()
     for name, value in before.items():
       assert np.array_equal(value, after[name]) != is_adapter(name), name
-  assert metrics["gradient_norm/layers"] > 0
-  assert metrics["gradient_norm"] == metrics["gradient_norm/layers"]
+  assert metrics["gradient_norm/encoder"] > 0
+  assert metrics["gradient_norm"] == metrics["gradient_norm/encoder"]
   assert not metrics.keys() & {"gradient_norm/table", "gradient_norm/heads"}
 
 
@@ -153,7 +148,7 @@ def test_the_optimizer_keeps_state_of_adapters_only(config, objective):
   assert len(adapters) == 2 * 7 * 2
   moments = next(s for s in abstract.opt_state if hasattr(s, "mu"))
   for moment in (moments.mu, moments.nu):
-    found = flat({"embedder": moment["embedder"]})
+    found = flat({"model": moment["model"]})
     assert {n: x.shape for n, x in found.items()} == {
       n: x.shape for n, x in adapters.items()
     }
@@ -207,8 +202,8 @@ def test_naming_everything_is_the_default(config, objective, task):
   ]
   jax.tree.map(np.testing.assert_array_equal, *runs)
   first, last, _ = runs[0]
-  for name, value in flat(first.params["embedder"]).items():
-    assert not np.array_equal(value, flat(last.params["embedder"])[name]), name
+  for name, value in flat(first.params["model"]).items():
+    assert not np.array_equal(value, flat(last.params["model"])[name]), name
 
 
 def test_patterns_choose_what_is_trained(config, objective, task):
@@ -221,46 +216,48 @@ def test_patterns_choose_what_is_trained(config, objective, task):
   first, last, metrics = Setup(config, objective, optimizer).train(task)
   changed = {
     name
-    for name, value in flat(first.params["embedder"]).items()
-    if not np.array_equal(value, flat(last.params["embedder"])[name])
+    for name, value in flat(first.params["model"]).items()
+    if not np.array_equal(value, flat(last.params["model"])[name])
   }
   assert changed == {
     name
-    for name in flat(first.params["embedder"])
+    for name in flat(first.params["model"])
     if "projection_" in name or ("layer_1/" in name and name.endswith("/kernel"))
   }
-  assert metrics.keys() >= {"gradient_norm/layers", "gradient_norm/heads"}
+  assert metrics.keys() >= {"gradient_norm/encoder", "gradient_norm/heads"}
   assert "gradient_norm/table" not in metrics
 
 
 def test_splitting_and_joining():
   params = {
-    "embedder": {"encoder": {"a": 1, "b": {"kernel": 2}}, "heads": {"kernel": 3}},
+    "model": {"encoder": {"a": 1, "b": {"kernel": 2}}, "heads": {"kernel": 3}},
     "objective": {},
   }
   trainable, frozen = split_trainable(params, ["kernel$"])
   assert trainable == {
-    "embedder": {"encoder": {"b": {"kernel": 2}}, "heads": {"kernel": 3}},
+    "model": {"encoder": {"b": {"kernel": 2}}, "heads": {"kernel": 3}},
     "objective": {},
   }
-  assert frozen == {"embedder": {"encoder": {"a": 1}}}
+  assert frozen == {"model": {"encoder": {"a": 1}}}
   assert join(trainable, frozen) == params
   assert split_trainable(params, None) == (params, {})
   learned = {**params, "objective": {"nce": {"scale": 4}}}
   assert split_trainable(learned, ["heads"])[0] == {
-    "embedder": {"heads": {"kernel": 3}},
+    "model": {"heads": {"kernel": 3}},
     "objective": {"nce": {"scale": 4}},
   }
-  adapted = {"embedder": {"up": {"kernel": 1, "lora_a": 2, "lora_b": 3}}}
+  adapted = {"model": {"up": {"kernel": 1, "lora_a": 2, "lora_b": 3}}}
   assert split_trainable(adapted, None) == (
-    {"embedder": {"up": {"lora_a": 2, "lora_b": 3}}},
-    {"embedder": {"up": {"kernel": 1}}},
+    {"model": {"up": {"lora_a": 2, "lora_b": 3}}},
+    {"model": {"up": {"kernel": 1}}},
   )
 
 
 def test_patterns_that_match_nothing(config, objective):
   optimizer = dataclasses.replace(OPTIMIZER, trainable=("lora_", "poler"))
-  with pytest.raises(ConfigError, match=r"trainable: 'poler' matches no parameter"):
+  with pytest.raises(
+    ConfigError, match=r"trainable: 'poler' matches no parameter of the model"
+  ):
     Setup(config, objective, optimizer)
   # Frozen: a factor on its rate would do nothing.
   optimizer = dataclasses.replace(OPTIMIZER, rate_multipliers={"table": 2.0})
@@ -274,13 +271,13 @@ def test_adapters_that_stay_as_they_are(config, objective):
     Setup(config, objective, optimizer)
 
 
-def test_patterns_see_paths_of_the_embedder(config, objective):
-  params = Setup(config, objective).abstract.params["embedder"]
+def test_patterns_see_paths_of_the_model(config, objective):
+  params = Setup(config, objective).abstract.params["model"]
   trainable, _ = split_trainable(
-    {"embedder": params, "objective": {}}, ["^encoder/final_norm", "lora_a"]
+    {"model": params, "objective": {}}, ["^encoder/final_norm", "lora_a"]
   )
-  assert "final_norm" in trainable["embedder"]["encoder"]
-  assert "embedder" not in trainable["embedder"]["encoder"]
+  assert "final_norm" in trainable["model"]["encoder"]
+  assert "embedder" not in trainable["model"]["encoder"]
 
 
 @pytest.mark.parametrize("trainable", [(), "lora", ("(",)])
@@ -298,7 +295,7 @@ def test_eight_devices_train_as_one_does(config, objective, task):
     ema_decay=0.5,
     partitioner=Partitioner(data=2, fsdp=2, tensor=2),
   )
-  down = flat(many.abstract.params)["embedder/encoder/groups/layer_0/mlp/down/lora_a"]
+  down = flat(many.abstract.params)["model/encoder/groups/layer_0/mlp/down/lora_a"]
   assert down.sharding.shard_shape(down.shape) == (1, 16, 2)
   _, found, _ = many.train(task)
   jax.tree.map(
@@ -341,9 +338,9 @@ def write_checkpoint(tmp_path_factory):
 
 
 def moved(state, amount: float):
-  """The state with every embedder parameter shifted."""
-  embedder = jax.tree.map(lambda x: x + amount, state.params["embedder"])
-  return dataclasses.replace(state, params={**state.params, "embedder": embedder})
+  """The state with every parameter of the model shifted."""
+  model = jax.tree.map(lambda x: x + amount, state.params["model"])
+  return dataclasses.replace(state, params={**state.params, "model": model})
 
 
 @pytest.mark.parametrize("ema_decay", [None, 0.5])
@@ -356,13 +353,13 @@ def test_adapters_start_beside_a_base_model(
   setup = Setup(config, objective, ema_decay=ema_decay)
   fresh = setup.state()
   state = setup.state_from(tmp_path)
-  kernels, adapters = lora.split(state.params["embedder"])
+  kernels, adapters = lora.split(state.params["model"])
   equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
-  equal(kernels, theirs.params["embedder"])
-  equal(adapters, lora.split(fresh.params["embedder"])[1])
+  equal(kernels, theirs.params["model"])
+  equal(adapters, lora.split(fresh.params["model"])[1])
   assert jax.tree.structure(state) == jax.tree.structure(setup.abstract)
   if ema_decay is not None:
-    equal(state.ema, state.params["embedder"])
+    equal(state.ema, state.params["model"])
   pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
   assert len(pointers) == len(set(pointers))  # or it could not be donated
   # The objective's parameters and the optimizer's state start as in any run.
@@ -379,8 +376,8 @@ def test_adapters_go_on_from_their_own_checkpoint(
   state = setup.state_from(tmp_path)
   jax.tree.map(
     np.testing.assert_array_equal,
-    state.params["embedder"],
-    theirs.params["embedder"],
+    state.params["model"],
+    theirs.params["model"],
   )
   for adapters in (None, dataclasses.replace(config.lora, alpha=4.0)):
     other = Setup(dataclasses.replace(config, lora=adapters), objective)

@@ -97,7 +97,7 @@ def test_optimizer_refuses(arguments, message):
 def some_params() -> dict:
   rng = np.random.default_rng(0)
   return {
-    "embedder": {
+    "model": {
       "table": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
       "norm": {"scale": jnp.asarray(rng.normal(size=(4,)), jnp.float32)},
       "projection_up": {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)},
@@ -115,12 +115,12 @@ def test_decay_spares_scales_and_table(name):
   params = some_params()
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zeros, optimizer.init(params), params)
-  embedder = updates["embedder"]
-  assert not embedder["table"].any()
-  assert not embedder["norm"]["scale"].any()
-  kernel = params["embedder"]["projection_up"]["kernel"]
+  model = updates["model"]
+  assert not model["table"].any()
+  assert not model["norm"]["scale"].any()
+  kernel = params["model"]["projection_up"]["kernel"]
   np.testing.assert_allclose(
-    embedder["projection_up"]["kernel"], -0.1 * 0.5 * kernel, rtol=1e-6
+    model["projection_up"]["kernel"], -0.1 * 0.5 * kernel, rtol=1e-6
   )
 
 
@@ -188,7 +188,7 @@ def test_without_clipping_a_gradient_keeps_its_size():
 
 
 def test_rate_multipliers():
-  factors = {"projection_(up|down)": 4.0, "^embedder/": 0.5}
+  factors = {"projection_(up|down)": 4.0, "^model/": 0.5}
   gradients = jax.tree.map(jnp.ones_like, some_params())
   updates = []
   for multipliers in ({}, factors):
@@ -197,7 +197,7 @@ def test_rate_multipliers():
     ).build(10)
     params = some_params()
     updates.append(optimizer.update(gradients, optimizer.init(params), params)[0])
-  ratios = jax.tree.map(lambda plain, scaled: scaled / plain, *updates)["embedder"]
+  ratios = jax.tree.map(lambda plain, scaled: scaled / plain, *updates)["model"]
   np.testing.assert_allclose(ratios["projection_up"]["kernel"], 2.0, rtol=1e-6)
   np.testing.assert_allclose(ratios["table"], 0.5, rtol=1e-6)
   np.testing.assert_allclose(ratios["norm"]["scale"], 0.5, rtol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from embgemma.errors import ConfigError
-from embgemma.models.embedder import Embedder
+from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import (
   BATCH_AXES,
@@ -132,9 +132,13 @@ def test_rules_can_be_changed():
 def test_golden_shardings(name, partitioner, config, objective):
   """EMBGEMMA_UPDATE_GOLDEN=1 writes the files instead of comparing them."""
   _, state = abstract_state(
-    Embedder(config), objective, OptimizerConfig(), 10, True, partitioner,
+    EmbeddingLearner(config, objective),
+    OptimizerConfig(),
+    10,
+    True,
+    partitioner,
     partitioner.mesh(),
-  )  # fmt: skip
+  )
   found = {
     jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.sharding.spec)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]

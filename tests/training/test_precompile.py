@@ -9,9 +9,22 @@ import pytest
 from rich.console import Console
 
 from embgemma import cli
-from embgemma.data.tasks import DataConfig, builtin_tasks
+from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data.denoisers import Sentinels, causal_lm, t5gemma2
+from embgemma.data.denoising import Corruption
+from embgemma.data.records import Example
+from embgemma.data.tasks import (
+  DataConfig,
+  TextDataConfig,
+  builtin_tasks,
+  builtin_text_tasks,
+)
+from embgemma.data.text_reader import TextSource
 from embgemma.errors import ConfigError
+from embgemma.losses.denoising import Denoising
+from embgemma.models.config import BackboneConfig, TransformerConfig
 from embgemma.training import precompile, precompile_report, step_plan
+from embgemma.training.flops import sequence_flops
 from embgemma.training.hardware import parse_topology
 from embgemma.training.optimizers import OptimizerConfig, Schedule
 from embgemma.training.partitioning import Partitioner
@@ -35,6 +48,46 @@ def run(config, objective, tmp_path_factory):
     "train_steps": 10,
     "partitioner": Partitioner(fsdp=2),
   }
+
+
+STACK = TransformerConfig(
+  vocab_size=96,
+  num_layers=2,
+  width=16,
+  mlp_width=24,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  attention_pattern=("global",),
+  max_length=64,
+  attention="reference",
+)
+DECODER = dataclasses.replace(STACK, mask="causal", window=(8, 0))
+
+
+def documents(run, model, lengths, denoisers):
+  """The arguments for documents in place of pairs."""
+  data = TextDataConfig(
+    "mixture",
+    lengths,
+    tasks=builtin_text_tasks()[:1],
+    vocabulary_size=64,
+    cache_dir=run["data"].cache_dir,
+    denoisers=denoisers,
+    segment_tokens=24,
+  )
+  return run | {"model": model, "objective": Denoising(), "data": data}
+
+
+@pytest.fixture(scope="module")
+def decoder_run(run):
+  return documents(run, BackboneConfig(None, DECODER), {"targets": 48}, causal_lm())
+
+
+@pytest.fixture(scope="module")
+def backbone_run(run):
+  sides = {"inputs": 64, "targets": 48}
+  return documents(run, BackboneConfig(STACK, DECODER), sides, t5gemma2())
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +117,18 @@ def report(show, *arguments, width=200) -> str:
   return text.getvalue()
 
 
-def test_a_step_gathers_parameters_and_scatters_gradients_once(run, cost):
-  state = step_plan.abstract_run(jax.devices()[:8], **run).state
-  split = sum(
+def split_bytes(run, devices: int) -> int:
+  """Of the parameters that lie split over the devices."""
+  state = step_plan.abstract_run(jax.devices()[:devices], **run).state
+  return sum(
     leaf.size * 4
     for leaf in jax.tree.leaves(state.params)
     if not leaf.sharding.is_fully_replicated
   )
+
+
+def test_a_step_gathers_parameters_and_scatters_gradients_once(run, cost):
+  split = split_bytes(run, 8)
   by_key = {(e.kind, e.axes): e for e in cost.exchanges}
   assert by_key["all-gather", "fsdp"].full_bytes == split
   assert by_key["reduce-scatter", "fsdp"].full_bytes == split
@@ -114,6 +172,65 @@ def test_reports(cost, lengths):
     assert part in text
   table = report(precompile_report.print_comparison, [cost, cost], lengths.name)
   assert table.count("cpu:8") == 2
+
+
+@pytest.mark.slow
+def test_documents(backbone_run):
+  """The step of an encoder-decoder; microbatches compute nothing twice."""
+  lengths = step_plan.text_lengths(backbone_run["data"])
+  cost = compiled(backbone_run, lengths, "cpu:4", microbatch_tokens=224)
+  (group,) = cost.groups
+  assert (group.inputs, group.targets) == (64, 48)
+  assert group.microbatches > 1
+  assert group.rows == 2
+  assert cost.slots == 4 * group.tokens
+  assert 0.5 * cost.slots < cost.tokens <= cost.slots
+  assert cost.model_flops < cost.flops
+  # As written: every row as one example that fills it, and causal rows as square ones.
+  rows = np.full((4 * group.microbatches * group.rows, 2), (64, 48))
+  masked = len(rows) * 48 * 47 // 2 * 4 * DECODER.num_layers * 2 * 8
+  full = sequence_flops(backbone_run["model"], rows) + masked
+  assert cost.flops == pytest.approx(3 * full, rel=0.01)
+  by_key = {(e.kind, e.axes): e for e in cost.exchanges}
+  split = split_bytes(backbone_run, 4)
+  assert by_key["all-gather", "fsdp"].full_bytes == split
+  assert by_key["reduce-scatter", "fsdp"].full_bytes == split
+  assert cost.unknown_loops == 0
+  text = report(precompile_report.print_step, cost, lengths.name)
+  assert "segments of 24 tokens" in text
+  assert f"{group.microbatches} x 2 rows of 64 + 48" in text
+  assert json.loads(json.dumps(cost.to_json()))["groups"][0]["targets"] == 48
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_typical_batch_of_documents_is_one_that_is_read(
+  kind, decoder_run, backbone_run, tmp_path
+):
+  run = decoder_run if kind == "decoder" else backbone_run
+  rng = np.random.default_rng(0)
+  segments = [np.full(n, 5, np.int32) for n in rng.integers(2, 25, 800)]
+  examples = (Example((s,), np.array([1], np.uint64)) for s in segments)
+  task = CachedTask("task", 1.0, tmp_path, write_examples(tmp_path, examples, None))
+  data = run["data"]
+  corruption = Corruption(
+    data.denoisers, data.lengths, data.longest, Sentinels(40, 20), 2, 1
+  )
+  source = TextSource([task], corruption, 256, 0, 4, 96, microbatch_tokens=448)
+  abstract = step_plan.abstract_run(jax.devices()[:4], **run)
+  lengths = np.asarray(task.lengths(), int)
+  plan = step_plan.plan_step(abstract, None, 256, lengths, **run, microbatch_tokens=448)
+  batches = [source.batch(step) for step in range(12)]
+  (group,) = plan.batch.groups
+  assert group == source.plans[0].typical
+  alike = next(batch for batch in batches if batch.slots == plan.slots)
+  expected = jax.tree.map(lambda x: (x.shape, x.dtype), alike.arrays)
+  arrays = precompile.abstract_batch(plan)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), arrays) == expected
+  assert {x.sharding.shard_shape(x.shape)[:2] for x in jax.tree.leaves(arrays)} == {
+    (group.microbatches, group.rows)
+  }
+  mean = np.mean([batch.real_tokens for batch in batches])
+  assert plan.batch.tokens == pytest.approx(mean, rel=0.02)
 
 
 def test_a_chip_has_times_and_a_verdict(cost, lengths):
@@ -196,12 +313,23 @@ def test_cached_lengths_are_of_the_longest_task(run, monkeypatch):
   class Manifest:
     tasks = (Task("short", 5), Task("long", 9))
 
-  monkeypatch.setattr(step_plan.cache, "manifest", lambda data: Manifest)
+  monkeypatch.setattr(step_plan, "complete_caches", lambda data: Manifest)
   found = step_plan.text_lengths(run["data"])
   assert found.name == "task 'long'"
   assert found.lengths.shape[0] <= 8192
   assert set(found.lengths.ravel()) == {9}
   assert step_plan.text_lengths(run["data"], cached=False).name.startswith("drawn")
+
+
+def test_lengths_of_documents(backbone_run):
+  data = backbone_run["data"]
+  found = step_plan.text_lengths(data)
+  assert found.name == "segments of 24 tokens"
+  assert found.lengths.shape[1] == 1
+  assert set(found.lengths.ravel()) == {24}
+  for means in ((8, None), (None, 8)):
+    with pytest.raises(ConfigError, match="_tokens are of pairs"):
+      step_plan.text_lengths(data, *means)
 
 
 GIN = ("--gin_file=gin/models/tiny.gin", "--gin_file=gin/stages/finetune.gin")
@@ -231,6 +359,34 @@ def test_the_command(run, cost, monkeypatch, tmp_path, capsys):
   cli.main(["precompile", *GIN, *flags[:1], "--batch_size=1024"])
   assert asked["sizes"] == [[1024], [1024]]
   assert "collectives" in capsys.readouterr().out
+
+
+DOCUMENTS = (
+  GIN[0],
+  "--gin_file=gin/models/encoder_decoder.gin",
+  "--gin_file=gin/stages/adapt.gin",
+  "--topology=cpu:8",
+  "--batch_size=64",
+)
+
+
+def test_the_command_for_documents(cost, monkeypatch, capsys):
+  """It needs neither, too; lengths of pairs are refused."""
+  asked = {}
+
+  def stand_in(topologies, batch_sizes, lengths, say, **arguments):
+    asked.update(arguments, lengths=lengths)
+    return [cost]
+
+  monkeypatch.setattr(precompile, "precompile", stand_in)
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  cli.main(["precompile", *DOCUMENTS])
+  assert asked["model"].encoder.width == 128
+  assert set(asked["lengths"].ravel()) == {256}
+  assert "segments of 256 tokens" in capsys.readouterr().out
+  with pytest.raises(SystemExit):
+    cli.main(["precompile", *DOCUMENTS, "--query_tokens=32"])
+  assert "--query_tokens and --passage_tokens are of pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

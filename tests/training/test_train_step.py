@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from embgemma.data.reader import StepSource
-from embgemma.models.embedder import Embedder
 from embgemma.training import partitioning
+from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import OptimizerConfig, Schedule
-from embgemma.training.partitioning import Partitioner, data_shards, place_pairs
+from embgemma.training.partitioning import Partitioner, data_shards, place_batch
 from embgemma.training.train_state import abstract_state
 from embgemma.training.train_step import TrainStep, gradient_norms, make_train_step
 
@@ -39,19 +39,20 @@ class Trained:
 
 def train(config, objective, task, partitioner, devices, ema_decay=0.9) -> Trained:
   mesh = partitioner.mesh(devices)
-  model = Embedder(config)
+  learner = EmbeddingLearner(config, objective)
   init, abstract = abstract_state(
-    model, objective, OPTIMIZER, STEPS, ema_decay is not None, partitioner, mesh
+    learner, OPTIMIZER, STEPS, ema_decay is not None, partitioner, mesh
   )
   source = StepSource(
     [task], BATCH, 0, data_shards(mesh), config.transformer.vocab_size
   )
-  step = make_train_step(model, objective, OPTIMIZER, STEPS, mesh, abstract, ema_decay)
+  step = make_train_step(learner, OPTIMIZER, STEPS, mesh, abstract, ema_decay)
   state = init(jax.random.key(0))
   metrics = []
   for number in range(STEPS):
     batch = source.batch(number)
-    state, values = step(state, place_pairs(batch.arrays, mesh))
+    arrays = place_batch(batch.arrays, learner.batch_specs, mesh)
+    state, values = step(state, arrays)
     metrics.append(jax.device_get(values))
   return Trained(jax.device_get(state), metrics)
 
@@ -102,8 +103,8 @@ def test_eight_devices_train_as_one_does(
 def build_state(config, objective, keep_ema):
   partitioner = Partitioner()
   mesh = partitioner.mesh(jax.devices()[:1])
-  model = Embedder(config)
-  return abstract_state(model, objective, OPTIMIZER, STEPS, keep_ema, partitioner, mesh)
+  learner = EmbeddingLearner(config, objective)
+  return abstract_state(learner, OPTIMIZER, STEPS, keep_ema, partitioner, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +118,10 @@ def test_average_and_gradient_norms(config, objective, make_task, state):
   source = StepSource([task], BATCH, 0, 1, config.transformer.vocab_size)
   mesh = Partitioner().mesh(jax.devices()[:1])
   _, abstract = build_state(config, objective, keep_ema=True)
-  pairs = place_pairs(source.batch(0).arrays, mesh)
+  learner = EmbeddingLearner(config, objective)
+  pairs = place_batch(source.batch(0).arrays, learner.batch_specs, mesh)
   step = TrainStep(
-    Embedder(config),
-    objective,
+    learner,
     OPTIMIZER.build(STEPS),
     mesh,
     partitioning.manual_specs(abstract.params, mesh),
@@ -132,8 +133,8 @@ def test_average_and_gradient_norms(config, objective, make_task, state):
     lambda before, after, average: np.testing.assert_allclose(
       average, 0.75 * before + 0.25 * after, atol=1e-6
     ),
-    state.params["embedder"],
-    new.params["embedder"],
+    state.params["model"],
+    new.params["model"],
     new.ema,
   )
   gradients, _ = jax.jit(step.gradients, compiler_options=QUICK)(
@@ -145,15 +146,13 @@ def test_average_and_gradient_norms(config, objective, make_task, state):
     )
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]
   }
-  table = sum(
-    v for k, v in squares.items() if k.startswith("embedder/encoder/embedder")
-  )
-  encoder = sum(v for k, v in squares.items() if k.startswith("embedder/encoder/"))
+  table = sum(v for k, v in squares.items() if k.startswith("model/encoder/embedder"))
+  encoder = sum(v for k, v in squares.items() if k.startswith("model/encoder/"))
   everything = sum(squares.values())
   for name, square in (
     ("gradient_norm", everything),
     ("gradient_norm/table", table),
-    ("gradient_norm/layers", encoder - table),
+    ("gradient_norm/encoder", encoder - table),
     ("gradient_norm/heads", everything - encoder),
   ):
     assert square > 0
@@ -164,7 +163,7 @@ def test_average_and_gradient_norms(config, objective, make_task, state):
 def test_without_average_inference_uses_the_parameters(config, objective):
   _, plain = build_state(config, objective, keep_ema=False)
   assert plain.ema is None
-  assert plain.inference_params is plain.params["embedder"]
+  assert plain.inference_params is plain.params["model"]
   _, averaged = build_state(config, objective, keep_ema=True)
   assert averaged.inference_params is averaged.ema
 

@@ -1,0 +1,403 @@
+"""What the one trainer does differently for pairs and for documents."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jax.sharding import Mesh
+
+from embgemma.data import packing, sequence_packing
+from embgemma.data.cache import Manifest
+from embgemma.data.denoisers import Sentinels, sentinels_needed
+from embgemma.data.denoising import Corruption
+from embgemma.data.packing import GroupShape
+from embgemma.data.reader import BatchSource, StepSource
+from embgemma.data.sequence_packing import SequenceShape
+from embgemma.data.shape_plan import plan_shapes
+from embgemma.data.tasks import CachedData, DataConfig, TextDataConfig
+from embgemma.data.text_reader import TextSource
+from embgemma.data.vocabularies import SentencePieceVocabulary
+from embgemma.errors import ConfigError
+from embgemma.evaluation import denoising, suite
+from embgemma.inference.embedder import TextEncoder
+from embgemma.losses.denoising import Denoising
+from embgemma.losses.objective import Objective
+from embgemma.models import attention, embedder, encoder_decoder
+from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.training.flops import forward_flops, sequence_flops
+from embgemma.training.learners import DenoisingLearner, EmbeddingLearner, Learner
+from embgemma.training.partitioning import BATCH_AXES, data_shards, own_shards
+from embgemma.typing import Int, Params, PyTree
+
+# Slots of a device at a time in evaluating documents: forward passes need little.
+_EVALUATION_TOKENS = 8192
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+  """A named evaluation."""
+
+  @property
+  def name(self) -> str: ...
+
+  def evaluate(self, subject: Any, /) -> dict[str, float]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Evaluators, and what they take.
+
+  Attributes:
+    evaluators: In order.
+    subject: What an evaluator takes, of a model's parameters.
+  """
+
+  evaluators: tuple[Evaluator, ...]
+  subject: Callable[[Params], Any]
+
+  def results(self, params: Params) -> suite.TaskResults:
+    """Metrics of each evaluator."""
+    subject = self.subject(params)
+    return {each.name: each.evaluate(subject) for each in self.evaluators}
+
+
+@dataclasses.dataclass(frozen=True)
+class TypicalBatch:
+  """A batch as it is expected.
+
+  Attributes:
+    groups: Rows of one shard, by their shape.
+    arrays: Shapes and dtypes of the global batch, as ShapeDtypeStruct.
+    tokens: Real tokens of all shards.
+    forward_flops: Of one forward pass over the real tokens.
+  """
+
+  groups: tuple[GroupShape | SequenceShape, ...]
+  arrays: PyTree
+  tokens: int
+  forward_flops: float
+
+
+@runtime_checkable
+class Stage(Protocol):
+  """A model, its loss and its data, on given devices.
+
+  Attributes:
+    config: Of the model, with the attention that suits the devices.
+    data: What it trains on.
+  """
+
+  @property
+  def config(self) -> EmbedderConfig | BackboneConfig: ...
+
+  @property
+  def data(self) -> CachedData: ...
+
+  @property
+  def learner(self) -> Learner:
+    """The model and its loss."""
+    ...
+
+  @property
+  def row(self) -> tuple[int, ...]:
+    """Tokens of the longest row, on each side of the model."""
+    ...
+
+  def source(
+    self,
+    manifest: Manifest,
+    mesh: Mesh,
+    batch_size: int,
+    seed: int,
+    microbatch_tokens: int,
+  ) -> BatchSource:
+    """The batches of a run.
+
+    Raises:
+      ConfigError, DataError: see the sources.
+    """
+    ...
+
+  def typical_batch(
+    self,
+    lengths: Int[np.ndarray, "n texts"],
+    batch_size: int,
+    num_shards: int,
+    microbatch_tokens: int,
+  ) -> TypicalBatch:
+    """A batch of texts of such lengths, without reading any.
+
+    Args:
+      lengths: Tokens of query, positive and negatives of examples, 0 is none; or of
+        segments.
+      batch_size: B, a multiple of num_shards.
+      num_shards: S.
+      microbatch_tokens: Token slots of one shard's microbatch.
+    """
+    ...
+
+  def evaluation(
+    self,
+    entries: Mapping[str, Any],
+    vocabulary: SentencePieceVocabulary,
+    mesh: Mesh,
+    max_length: int | None,
+    tokens: int | None,
+  ) -> Evaluation:
+    """What a run is judged by.
+
+    Args:
+      entries: EVALUATIONS.
+      vocabulary: Of the run.
+      mesh: Of the run.
+      max_length: Tokens a text is cut to; None is the longest in training.
+      tokens: Slots of a device at a time; None is what suits it.
+
+    Raises:
+      ConfigError, DataError: an entry is wrong, or its data is.
+    """
+    ...
+
+
+def make_stage(
+  model: EmbedderConfig | BackboneConfig,
+  objective: Objective | Denoising,
+  data: CachedData,
+  platform: str,
+) -> Stage:
+  """The stage of a model, its loss and its data, checked.
+
+  Args:
+    model: Of the run.
+    objective: Its loss.
+    data: What to train on.
+    platform: Of its devices.
+
+  Raises:
+    ConfigError: they do not belong together.
+  """
+  if (
+    isinstance(model, EmbedderConfig)
+    and isinstance(objective, Objective)
+    and isinstance(data, DataConfig)
+  ):
+    return EmbeddingStage(embedder.on_platform(model, platform), objective, data)
+  if (
+    isinstance(model, BackboneConfig)
+    and isinstance(objective, Denoising)
+    and isinstance(data, TextDataConfig)
+  ):
+    config = encoder_decoder.on_platform(model, platform)
+    return DenoisingStage(config, objective, data)
+  names = ", ".join(type(part).__name__ for part in (model, objective, data))
+  raise ConfigError(
+    f"the run's model, objective and data are {names}, which do not belong together: "
+    "an EmbedderConfig trains on pairs (gin/stages/prefinetune.gin, finetune.gin), a "
+    "BackboneConfig (gin/models/decoder.gin, encoder_decoder.gin after a model file) "
+    "on documents (gin/stages/pretrain.gin, adapt.gin)"
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingStage:
+  """An embedder trained on pairs."""
+
+  config: EmbedderConfig
+  objective: Objective
+  data: DataConfig
+
+  def __post_init__(self):
+    self.objective.check(self.config.embedding_width)
+    if self.objective.needs_teacher:
+      raise ConfigError(
+        "the objective has a distillation term, but the caches hold no teacher "
+        "embeddings; remove the term"
+      )
+    longest = self.config.transformer.max_length
+    if self.data.max_length > longest:
+      raise ConfigError(
+        f"TASK_FEATURE_LENGTHS reaches {self.data.max_length}, the model's max_length "
+        f"is {longest}"
+      )
+
+  @property
+  def learner(self) -> Learner:
+    return EmbeddingLearner(self.config, self.objective)
+
+  @property
+  def row_lengths(self) -> tuple[int, ...]:
+    """Lengths of rows that its attention takes."""
+    return attention.row_lengths(self.config.transformer, packing.ROW_LENGTHS)
+
+  @property
+  def row(self) -> tuple[int, ...]:
+    return (packing.row_length(self.data.max_length, self.row_lengths),)
+
+  def source(
+    self,
+    manifest: Manifest,
+    mesh: Mesh,
+    batch_size: int,
+    seed: int,
+    microbatch_tokens: int,
+  ) -> BatchSource:
+    return StepSource(
+      manifest.tasks,
+      batch_size,
+      seed,
+      data_shards(mesh),
+      self.config.transformer.vocab_size,
+      own_shards(mesh),
+      microbatch_tokens,
+      self.row_lengths,
+    )
+
+  def typical_batch(
+    self,
+    lengths: Int[np.ndarray, "n texts"],
+    batch_size: int,
+    num_shards: int,
+    microbatch_tokens: int,
+  ) -> TypicalBatch:
+    groups = plan_shapes(
+      lengths, batch_size, num_shards, microbatch_tokens, self.row_lengths
+    ).typical
+    negatives = lengths.shape[1] - 2
+    share = batch_size / len(lengths)
+    return TypicalBatch(
+      groups,
+      packing.abstract_pairs(groups, batch_size, negatives, num_shards),
+      round(share * int(lengths.sum())),
+      share * forward_flops(self.config, lengths.reshape(-1)),
+    )
+
+  def evaluation(
+    self,
+    entries: Mapping[str, Any],
+    vocabulary: SentencePieceVocabulary,
+    mesh: Mesh,
+    max_length: int | None,
+    tokens: int | None,
+  ) -> Evaluation:
+    evaluators = suite.evaluators(entries, self.config.matryoshka_widths)
+    for evaluator in evaluators:
+      evaluator.check()
+    length = max_length or self.data.max_length
+    encoder = TextEncoder(self.config, vocabulary, length, tokens, mesh, BATCH_AXES)
+    return Evaluation(
+      evaluators, lambda params: functools.partial(encoder.encode, params)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingStage:
+  """Stacks trained on documents."""
+
+  config: BackboneConfig
+  objective: Denoising
+  data: TextDataConfig
+
+  def __post_init__(self):
+    if self.config.decoder is None:
+      raise ConfigError(
+        "MODEL is an encoder alone, which predicts nothing; give BackboneConfig a "
+        "decoder (gin/models/encoder_decoder.gin)"
+      )
+    sides = {"inputs": self.config.encoder, "targets": self.config.decoder}
+    wanted = tuple(side for side, stack in sides.items() if stack is not None)
+    if self.data.features != wanted:
+      kind = "a decoder alone" if self.config.encoder is None else "an encoder-decoder"
+      raise ConfigError(
+        f"MODEL is {kind}, and the denoisers make {' and '.join(self.data.features)}; "
+        "causal_lm is for a decoder alone (gin/models/decoder.gin), all others for an "
+        "encoder-decoder (gin/models/encoder_decoder.gin)"
+      )
+    for side, stack in sides.items():
+      if stack is not None and self.data.lengths[side] > stack.max_length:
+        raise ConfigError(
+          f"TASK_FEATURE_LENGTHS[{side!r}] is {self.data.lengths[side]}, the model's "
+          f"max_length is {stack.max_length}"
+        )
+
+  @property
+  def learner(self) -> Learner:
+    return DenoisingLearner(self.config, self.objective)
+
+  @property
+  def row(self) -> tuple[int, ...]:
+    return tuple(self.data.lengths[side] for side in self.data.features)
+
+  @property
+  def table_rows(self) -> int:
+    """Of the smaller table: ids of both sides must be below."""
+    stacks = (self.config.encoder, self.config.decoder)
+    return min(stack.vocab_size for stack in stacks if stack is not None)
+
+  def source(
+    self,
+    manifest: Manifest,
+    mesh: Mesh,
+    batch_size: int,
+    seed: int,
+    microbatch_tokens: int,
+  ) -> BatchSource:
+    vocabulary = SentencePieceVocabulary(manifest.vocabulary)
+    return TextSource(
+      manifest.tasks,
+      self.data.corruption(vocabulary, self.table_rows),
+      batch_size,
+      seed,
+      data_shards(mesh),
+      self.table_rows,
+      own_shards(mesh),
+      microbatch_tokens,
+    )
+
+  def typical_batch(
+    self,
+    lengths: Int[np.ndarray, "n texts"],
+    batch_size: int,
+    num_shards: int,
+    microbatch_tokens: int,
+  ) -> TypicalBatch:
+    denoisers, longest = tuple(self.data.denoisers), self.data.longest
+    # Sizes depend on no id: there need not be a vocabulary yet.
+    sentinels = Sentinels(0, max(1, sentinels_needed(denoisers, longest)))
+    corruption = Corruption(denoisers, self.data.lengths, longest, sentinels, 0, 0)
+    sizes = corruption.draw(0, np.arange(len(lengths)), lengths[:, 0]).sizes
+    shape = sequence_packing.plan_rows(
+      sizes, corruption.capacity, batch_size, num_shards, microbatch_tokens
+    ).typical
+    share = batch_size / len(lengths)
+    return TypicalBatch(
+      (shape,),
+      sequence_packing.abstract_sequences(shape, num_shards),
+      round(share * int(sizes.sum())),
+      share * sequence_flops(self.config, sizes),
+    )
+
+  def evaluation(
+    self,
+    entries: Mapping[str, Any],
+    vocabulary: SentencePieceVocabulary,
+    mesh: Mesh,
+    max_length: int | None,
+    tokens: int | None,
+  ) -> Evaluation:
+    if max_length is not None:
+      raise ConfigError(
+        "train.eval_max_length is for embedders: held-out documents are cut into "
+        "segments as in training; remove it"
+      )
+    evaluators = denoising.evaluators(
+      entries,
+      self.config,
+      vocabulary,
+      self.data.corruption(vocabulary, self.table_rows),
+      mesh,
+      tokens or _EVALUATION_TOKENS,
+      BATCH_AXES,
+    )
+    return Evaluation(evaluators, lambda params: params)

@@ -1,0 +1,291 @@
+"""Starting a run from the weights of other checkpoints.
+
+An embedder goes on as it is. Pretrained stacks are adapted: which parameter comes from
+where is `models.adaptation`'s to say, and stays with the run as adaptation.json.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from embgemma import checkpoints
+from embgemma.checkpoints import CheckpointStore
+from embgemma.data.vocabularies import SentencePieceVocabulary
+from embgemma.errors import CheckpointError, ConfigError
+from embgemma.models import adaptation, lora
+from embgemma.models.adaptation import Adapted, Origin, Source
+from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.training.optimizers import join
+from embgemma.training.train_state import TrainState
+from embgemma.typing import Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class StartingPoint:
+  """Another checkpoint's weights.
+
+  Attributes:
+    path: As given.
+    directory: Its MODEL_DIR.
+    step: Of its run.
+    config: Of its model.
+  """
+
+  path: str
+  directory: pathlib.Path
+  step: int
+  config: EmbedderConfig | BackboneConfig
+
+  def restore(self, abstract: PyTree) -> PyTree:
+    """The parameters that it ships, placed like the abstract ones.
+
+    Raises:
+      CheckpointError: see `CheckpointStore.restore`.
+    """
+    store = CheckpointStore(self.directory)
+    item = store.shipped_item(self.step)
+    return store.restore(self.step, {item: abstract})[item]
+
+
+class Start(NamedTuple):
+  """What a run starts from.
+
+  Attributes:
+    points: The other checkpoints of a new run.
+    report: Of the adaptation that it starts or started with, see `adaptation.report`;
+      None where there is none.
+  """
+
+  points: tuple[StartingPoint, ...]
+  report: dict[str, Any] | None
+
+
+def find_start(
+  model_dir: pathlib.Path,
+  path: str | None,
+  decoder_path: str | None,
+  config: EmbedderConfig | BackboneConfig,
+  vocabulary: SentencePieceVocabulary,
+) -> Start:
+  """What a run in this directory starts from; one with steps, from these alone.
+
+  Raises:
+    ConfigError, CheckpointError: see `open_starting_points`, `adaptation.adapt`.
+  """
+  if checkpoints.has_steps(model_dir):
+    return Start((), _read_report(model_dir))
+  points = open_starting_points(path, decoder_path, config, vocabulary)
+  if not is_adapted(points, config):
+    return Start(points, None)
+  shapes = [adaptation.abstract_params(point.config) for point in points]
+  adapted = _adapt(points, config, jax.random.key(0), shapes)
+  return Start(points, adaptation.report(adapted))
+
+
+def open_starting_points(
+  path: str | None,
+  decoder_path: str | None,
+  config: EmbedderConfig | BackboneConfig,
+  vocabulary: SentencePieceVocabulary,
+) -> tuple[StartingPoint, ...]:
+  """What a new run of this model starts from.
+
+  Args:
+    path: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP; None is new parameters.
+    decoder_path: The same of the decoder, where it is another.
+    config: Of the run's model.
+    vocabulary: Of the run.
+
+  Raises:
+    ConfigError: a decoder's path without an encoder's, or without a decoder.
+    CheckpointError: a checkpoint cannot be read, has another vocabulary, or adapters
+      that this embedder has not.
+  """
+  if decoder_path is not None and (
+    path is None or isinstance(config, EmbedderConfig) or config.decoder is None
+  ):
+    raise ConfigError(
+      f"INITIAL_DECODER_CHECKPOINT_PATH {decoder_path}: it is for an encoder-decoder "
+      "whose encoder starts from INITIAL_CHECKPOINT_PATH; remove it or give both"
+    )
+  paths = [each for each in (path, decoder_path) if each is not None]
+  points = tuple(_starting_point(each, vocabulary) for each in paths)
+  for point in points:
+    _check_adapters(point, config)
+  return points
+
+
+def _starting_point(path: str, vocabulary: SentencePieceVocabulary) -> StartingPoint:
+  directory, step = checkpoints.locate(path)
+  config = checkpoints.read_description(directory).config
+  theirs = checkpoints.read_vocabulary(directory)
+  if theirs.serialized != vocabulary.serialized:
+    raise CheckpointError(
+      f"{directory} has another vocabulary than this run, whose token ids would mean "
+      f"other rows of its table; set VOCABULARY = '{directory}/tokenizer.model'"
+    )
+  step = CheckpointStore(directory).resolve_step(step)
+  return StartingPoint(path, directory, step, config)
+
+
+def _check_adapters(
+  point: StartingPoint, config: EmbedderConfig | BackboneConfig
+) -> None:
+  if not isinstance(config, EmbedderConfig) or not isinstance(
+    point.config, EmbedderConfig
+  ):
+    return
+  theirs = point.config.lora
+  if theirs is not None and theirs != config.lora:
+    raise CheckpointError(
+      f"{point.directory} has adapters {theirs}, this model {config.lora}; set "
+      "LoraConfig to the checkpoint's, train its kernels too with "
+      "OptimizerConfig.trainable = ['.'], or merge: `embgemma export --to=hf`, then "
+      "`embgemma import --from=hf`"
+    )
+
+
+def is_adapted(
+  points: Sequence[StartingPoint], config: EmbedderConfig | BackboneConfig
+) -> bool:
+  """Whether parameters are adapted, rather than those of the same model."""
+  embedders = [isinstance(point.config, EmbedderConfig) for point in points]
+  return bool(points) and not (all(embedders) and isinstance(config, EmbedderConfig))
+
+
+def _adapt(
+  points: Sequence[StartingPoint],
+  config: EmbedderConfig | BackboneConfig,
+  key: jax.Array,
+  params: Sequence[Params],
+) -> Adapted:
+  sources = [
+    Source(point.path, point.config, tree)
+    for point, tree in zip(points, params, strict=True)
+  ]
+  # The key of a new model's parameters, as learners have it.
+  return adaptation.adapt(config, jax.random.split(key)[0], *sources)
+
+
+def write_report(model_dir: pathlib.Path, report: Mapping[str, Any]) -> None:
+  """Keeps an adaptation's report with its run."""
+  content = json.dumps(report, indent=1).encode() + b"\n"
+  checkpoints.write_atomically(model_dir / adaptation.REPORT_FILE, content)
+
+
+def _read_report(model_dir: pathlib.Path) -> dict[str, Any] | None:
+  """The report of the adaptation that a run started with, if it did.
+
+  Raises:
+    CheckpointError: it is damaged.
+  """
+  path = model_dir / adaptation.REPORT_FILE
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+  except ValueError as error:
+    raise CheckpointError(f"{path}: damaged: {error}") from error
+
+
+def random_patterns(report: Mapping[str, Any]) -> tuple[str, ...]:
+  """Patterns of the parameters that an adaptation drew at random."""
+  sources = {
+    path: None if origin == adaptation.RANDOM else Origin(**origin)
+    for path, origin in report["sources"].items()
+  }
+  return adaptation.warm_up_patterns(sources)
+
+
+def state_from_checkpoints(
+  init: Callable[[jax.Array], TrainState],
+  key: jax.Array,
+  points: Sequence[StartingPoint],
+  abstract: TrainState,
+  config: EmbedderConfig | BackboneConfig,
+) -> TrainState:
+  """A fresh state with the parameters of other checkpoints.
+
+  Adapters are fresh where an embedder's checkpoint has none. What checkpoints hold is
+  never drawn: a model that just fits has no room for two.
+
+  Args:
+    init: Of `abstract_state`.
+    key: Of `init`.
+    points: Of `open_starting_points`, at least one.
+    abstract: Of `abstract_state`.
+    config: Of the state's model.
+
+  Raises:
+    CheckpointError: see `CheckpointStore.restore` and `adaptation.adapt`.
+  """
+  adapts = is_adapted(points, config)
+  keeps_adapters = adapts or _has_adapters(points[0].config)
+
+  def fresh(state: TrainState) -> TrainState:
+    """What the checkpoints do not hold."""
+    adapters = {} if keeps_adapters else lora.split(state.params["model"])[1]
+    params = {**state.params, "model": adapters}
+    return dataclasses.replace(state, params=params, ema=None)
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, fresh(abstract))
+  state = jax.jit(lambda key: fresh(init(key)), out_shardings=shardings)(key)
+  expected = abstract.params["model"]
+  if adapts:
+    found = _adapted_params(points, config, key, expected)
+  else:
+    base = expected if keeps_adapters else lora.split(expected)[0]
+    found = join(points[0].restore(base), state.params["model"])
+  ema = None if abstract.ema is None else jax.tree.map(lambda x: x.copy(), found)
+  return dataclasses.replace(state, params={**state.params, "model": found}, ema=ema)
+
+
+def _has_adapters(config: EmbedderConfig | BackboneConfig) -> bool:
+  return isinstance(config, EmbedderConfig) and config.lora is not None
+
+
+def _adapted_params(
+  points: Sequence[StartingPoint],
+  config: EmbedderConfig | BackboneConfig,
+  key: jax.Array,
+  expected: PyTree,
+) -> Params:
+  """The adapted parameters, each a buffer of its own, placed like the expected ones."""
+  wanted = traverse_util.flatten_dict(expected, sep="/")
+  shapes = [adaptation.abstract_params(point.config) for point in points]
+  places: dict[Origin, Any] = {}
+  for path, origin in _adapt(points, config, key, shapes).sources.items():
+    if origin is not None:
+      places.setdefault(origin, wanted[path].sharding)
+  mesh = next(iter(wanted.values())).sharding.mesh
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def placed(name: str, path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+    own = Origin(name, jax.tree_util.keystr(path, simple=True, separator="/"))
+    sharding = places.get(own, whole)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  trees = [
+    point.restore(
+      jax.tree_util.tree_map_with_path(functools.partial(placed, point.path), tree)
+    )
+    for point, tree in zip(points, shapes, strict=True)
+  ]
+  taken: set[int] = set()
+  made = {}
+  leaves = traverse_util.flatten_dict(
+    _adapt(points, config, key, trees).params, sep="/"
+  )
+  for path, leaf in leaves.items():
+    again = id(leaf) in taken
+    taken.add(id(leaf))
+    # A buffer that appears twice in a state cannot be donated.
+    made[path] = jax.device_put(leaf.copy() if again else leaf, wanted[path].sharding)
+  return traverse_util.unflatten_dict(made, sep="/")
