@@ -10,6 +10,7 @@ from embgemma.checkpoints import (
   CheckpointPolicy,
   CheckpointStore,
   Description,
+  has_steps,
   locate,
   read_description,
   read_vocabulary,
@@ -137,6 +138,26 @@ def test_another_metric_chooses_the_best(tmp_path):
   assert CheckpointStore(tmp_path).steps() == [2, 4]
 
 
+@pytest.mark.parametrize(
+  ("metric", "best"),
+  [
+    ("held_out/loss", 3),
+    ("held_out/loss/0", 3),
+    ("held_out/perplexity", 3),
+    ("loss", 2),  # a name of its own: higher is better
+    ("loss/accuracy", 2),  # of a task with that name
+  ],
+)
+def test_of_losses_the_lowest_is_the_best(tmp_path, metric, best):
+  policy = CheckpointPolicy(keep_last=1, keep_best=1, best_metric=metric)
+  store = CheckpointStore(tmp_path, policy)
+  store.save(1, some_params(), None, training(1), {}, {"mean": 9.0})
+  for step, value in ((2, 0.9), (3, 0.2), (4, 0.5)):
+    store.save(step, some_params(), None, training(step), {}, {metric: value})
+  store.close()
+  assert CheckpointStore(tmp_path).steps() == [best, 4]
+
+
 def test_the_best_is_kept_over_a_restart(tmp_path):
   policy = CheckpointPolicy(keep_last=1, keep_best=1)
   for first in (1, 3, 5):
@@ -162,6 +183,17 @@ def test_without_checkpoints(tmp_path):
   assert store.steps() == []
   with pytest.raises(CheckpointError, match="no complete checkpoint"):
     store.resolve_step(None)
+
+
+def test_has_steps(tmp_path):
+  assert not has_steps(tmp_path / "missing")
+  assert not has_steps(tmp_path)
+  (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+  assert not has_steps(tmp_path)
+  store = CheckpointStore(tmp_path, CheckpointPolicy())
+  save(store, 1)
+  store.close()
+  assert has_steps(tmp_path)
 
 
 def test_a_step_that_is_not_there(tmp_path):

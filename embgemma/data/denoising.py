@@ -28,8 +28,6 @@ from embgemma.typing import Int, UInt32
 _RANDOM_BITS = 26
 _MOST_OWNERS = 2 ** (64 - POSITION_BITS - _RANDOM_BITS)
 
-# Counters of one record: what they are for.
-
 
 def cut(tokens: Int[np.ndarray, " n"], longest: int) -> list[np.ndarray]:
   """A document's tokens in as few segments of at most `longest` as there can be.

@@ -115,6 +115,7 @@ def held_out_segments(
   vocabulary: SentencePieceVocabulary,
   longest: int,
   limit: int | None = None,
+  on_bad_record: str = "fail",
 ) -> list[np.ndarray]:
   """Segments of a source's documents, tokenised and cut as a cache holds them.
 
@@ -123,12 +124,13 @@ def held_out_segments(
     vocabulary: Of the model.
     longest: Most tokens of a segment.
     limit: Only the first so many; None is all of them.
+    on_bad_record: "fail" or "skip".
 
   Raises:
     DataError: the first bad record, or no segment at all.
   """
   split = source.splits[-1]
-  examples = source.examples(split, "fail", sources.SkipLog())
+  examples = source.examples(split, on_bad_record, sources.SkipLog())
   documents = (example["text"] for example in examples)
   segments = itertools.chain.from_iterable(
     own for _, own in tokenization.document_segments(documents, vocabulary, longest)

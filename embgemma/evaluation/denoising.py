@@ -189,6 +189,7 @@ def evaluators(
   mesh: Mesh,
   microbatch_tokens: int,
   batch_axes: Sequence[str],
+  on_bad_record: str = "fail",
 ) -> tuple[DenoisingEvaluator, ...]:
   """Evaluators from a mapping, as gin's EVALUATIONS gives it; their texts are read.
 
@@ -202,33 +203,12 @@ def evaluators(
     mesh: Devices.
     microbatch_tokens: Token slots, of both sides, of one shard's microbatch at most.
     batch_axes: Of the mesh, over which rows are split.
+    on_bad_record: "fail" or "skip".
 
   Raises:
-    ConfigError: an entry, or a mixture, that cannot work.
+    ConfigError: an entry that cannot work.
     DataError: a missing or bad file, or a vocabulary of another model.
   """
-  _check_model(config, vocabulary, corruption)
-  scorer = SequenceScorer(config, mesh, batch_axes)
-  made = []
-  for name, entry in entries.items():
-    source, limit = _source(name, entry)
-    segments = held_out_segments(source, vocabulary, corruption.longest, limit)
-    made.append(
-      DenoisingEvaluator(name, segments, corruption, scorer, microbatch_tokens)
-    )
-  return tuple(made)
-
-
-def _check_model(
-  config: BackboneConfig, vocabulary: SentencePieceVocabulary, corruption: Corruption
-) -> None:
-  alone = decoder_only(corruption.denoisers)
-  if alone != (config.encoder is None):
-    names = [denoiser.name for denoiser in corruption.denoisers]
-    raise ConfigError(
-      f"denoisers {names} are for {'a decoder alone' if alone else 'an encoder too'}, "
-      f"and the model has {'an encoder' if alone else 'none'}; change one of them"
-    )
   stacks = [stack for stack in (config.encoder, config.decoder) if stack is not None]
   rows = min(stack.vocab_size for stack in stacks)
   if vocabulary.size > rows:
@@ -236,6 +216,17 @@ def _check_model(
       f"the vocabulary has {vocabulary.size} pieces, the model's table {rows} rows; "
       "they do not belong together"
     )
+  scorer = SequenceScorer(config, mesh, batch_axes)
+  made = []
+  for name, entry in entries.items():
+    source, limit = _source(name, entry)
+    segments = held_out_segments(
+      source, vocabulary, corruption.longest, limit, on_bad_record
+    )
+    made.append(
+      DenoisingEvaluator(name, segments, corruption, scorer, microbatch_tokens)
+    )
+  return tuple(made)
 
 
 def _source(name: str, entry: Any) -> tuple[sources.PythonSource, int | None]:

@@ -69,7 +69,10 @@ def _read_checkpoint(
   directory: pathlib.Path, step: int | None, check: Callable[[EmbedderConfig], None]
 ) -> Model:
   description = checkpoints.read_description(directory)
-  config = description.embedder
+  try:
+    config = description.embedder
+  except CheckpointError as error:
+    raise CheckpointError(f"{directory}: {error}") from error
   check(config)
   step = CheckpointStore(directory).resolve_step(step)
   params = weights.read(directory, step, config)

@@ -19,7 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from embgemma.errors import CheckpointError
-from embgemma.models import embedder, encoder_decoder, lora
+from embgemma.models import embedder, encoder_decoder, extraction, lora
 from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
 from embgemma.typing import Array, Leaf, Params
 
@@ -157,7 +157,8 @@ def adapt(
       "its checkpoint, or take another checkpoint."
     )
   leaves = {path: place.leaf for path, place in places.items() if place}
-  leaves |= _fresh(target, key, [path for path in shapes if path not in leaves])
+  missing = [path for path in shapes if path not in leaves]
+  leaves |= _fresh(target, key, missing, _abstract(source.params))
   origins = {"/".join(path): place and place.origin for path, place in places.items()}
   return Adapted(
     params=traverse_util.unflatten_dict(leaves),
@@ -288,8 +289,21 @@ def _sides(config: BackboneConfig | EmbedderConfig) -> dict[str, TransformerConf
 def _tree(source: Source) -> _Tree:
   params, config = source.params, source.config
   if isinstance(config, EmbedderConfig):
-    params, config = lora.merge(params, config)
+    params, config = _merged(params, config)
   return _Tree(source.name, _sides(config), traverse_util.flatten_dict(params))
+
+
+def _merged(params: Params, config: EmbedderConfig) -> tuple[Params, EmbedderConfig]:
+  """`lora.merge`, of shapes too."""
+  plain = dataclasses.replace(config, lora=None)
+  if not _abstract(params):
+    return lora.merge(params, config)
+  return jax.eval_shape(lambda tree: lora.merge(tree, config)[0], params), plain
+
+
+def _abstract(params: Params) -> bool:
+  leaves = jax.tree.leaves(params)
+  return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
 
 
 def _stack(config: TransformerConfig, side: str, tree: _Tree) -> _Stack:
@@ -382,9 +396,15 @@ def _missing(
 
 
 def _fresh(
-  target: BackboneConfig | EmbedderConfig, key: Array, paths: Sequence[_Path]
+  target: BackboneConfig | EmbedderConfig,
+  key: Array,
+  paths: Sequence[_Path],
+  abstract: bool,
 ) -> dict[_Path, Leaf]:
-  """Parameters as a new model has them; the compiler leaves out all others."""
+  """Parameters as a new model has them, or their shapes.
+
+  The compiler leaves out all others.
+  """
   if not paths:
     return {}
   module = embedder if isinstance(target, EmbedderConfig) else encoder_decoder
@@ -393,7 +413,11 @@ def _fresh(
     flat = traverse_util.flatten_dict(nn.unbox(module.init_params(target, key)))
     return [flat[path] for path in paths]
 
-  return dict(zip(paths, jax.device_get(jax.jit(drawn)(key)), strict=True))
+  if abstract:
+    values = jax.eval_shape(drawn, key)
+  else:
+    values = jax.device_get(jax.jit(drawn)(key))
+  return dict(zip(paths, values, strict=True))
 
 
 def _unused(
@@ -420,9 +444,24 @@ def _notes(stacks: Mapping[str, _Stack]) -> Iterator[str]:
     for field in here:
       if here[field] != there[field]:
         yield f"{side}: {field} is {there[field]} in {stack}, {here[field]} here"
+    yield from _window_notes(side, config, theirs)
     one_sided = (config.window[0] == 0) != (config.window[1] == 0)
     if config.mask == "bidirectional" and one_sided and "local" in config.layer_kinds:
       yield f"{side}: its window {config.window} is one-sided, as of a causal stack"
+
+
+def _window_notes(
+  side: str, config: TransformerConfig, theirs: TransformerConfig
+) -> Iterator[str]:
+  """Whether a causal stack's window became another than half of it on each side."""
+  if (theirs.mask, config.mask) != ("causal", "bidirectional"):
+    return
+  half = extraction.bidirectional(theirs).window
+  if "local" in config.layer_kinds and config.window not in (half, theirs.window):
+    yield (
+      f"{side}: its window is {config.window}; half of {theirs.window}, with which it "
+      f"was trained, is {half}"
+    )
 
 
 def _behaviour(config: TransformerConfig) -> dict[str, Any]:

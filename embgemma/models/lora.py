@@ -22,6 +22,11 @@ A, B = "lora_a", "lora_b"
 PATTERN = f"(^|/)({A}|{B})$"
 
 
+def is_adapter(path: str) -> bool:
+  """Whether a parameter's path is an adapter's."""
+  return bool(re.search(PATTERN, path))
+
+
 def add(params: Params, lora: LoraConfig, key: Array) -> Params:
   """The parameters with fresh adapters, which change nothing yet.
 

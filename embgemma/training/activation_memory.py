@@ -151,7 +151,10 @@ def fitting_tokens(
   if any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(abstract)):
     held += 4 * _elements(abstract.params)  # gathered for the step
   if isinstance(config, BackboneConfig):
-    held += logits_bytes(_stacks(config)[-1].vocab_size)
+    decoder = _stacks(config)[-1]
+    # Beside the sum of gradients those of a microbatch, and of its loss the table's.
+    held += 4 * _elements(gradients) + 4 * decoder.vocab_size * decoder.width
+    held += logits_bytes(decoder.vocab_size)
   most = microbatch_tokens(config, row, _USABLE_SHARE * device_bytes - held)
   if abstract.step.sharding.mesh.devices.flat[0].platform != "cpu":
     return most

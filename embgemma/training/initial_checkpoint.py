@@ -51,8 +51,9 @@ def checkpoint_model(
 
 def checkpoint_encoder_decoder(
   path: str | None,
-  cross_attention: str = "merged",
-  shared_table: bool = True,
+  decoder_path: str | None = None,
+  cross_attention: str | None = None,
+  shared_table: bool | None = None,
   dtype: str | None = None,
   remat: str = "none",
   window: Sequence[int] | None = None,
@@ -61,8 +62,12 @@ def checkpoint_encoder_decoder(
 
   Args:
     path: A MODEL_DIR, or MODEL_DIR/checkpoints/STEP.
-    cross_attention: As in BackboneConfig.
-    shared_table: As in BackboneConfig.
+    decoder_path: Likewise, of another checkpoint whose decoder it is.
+    cross_attention: As in BackboneConfig; None is the checkpoint's if it has both
+      stacks. Else it is "separate" with `decoder_path`, as T5Gemma's, and "merged"
+      without, as T5Gemma 2's.
+    shared_table: As in BackboneConfig; None likewise, tables of their own with
+      `decoder_path`.
     dtype: Of computation; None is the checkpoint's.
     remat: As in TransformerConfig.
     window: Of the encoder, as in TransformerConfig; None is the checkpoint's, or half
@@ -72,20 +77,32 @@ def checkpoint_encoder_decoder(
     ConfigError: no path, or a value that does not fit the model.
     CheckpointError: the checkpoint cannot be read, or has no decoder.
   """
-  backbone = _config(path)
-  if isinstance(backbone, EmbedderConfig) or backbone.decoder is None:
-    raise CheckpointError(
-      f"INITIAL_CHECKPOINT_PATH {path}: has no decoder to make an encoder-decoder of; "
-      "give a decoder-only checkpoint (`embgemma import --from=gemma`, or a run of "
-      "gin/stages/pretrain.gin)"
-    )
-  encoder = backbone.encoder or extraction.bidirectional(backbone.decoder)
+  first, decoder = _backbone(path)
+  encoder = first.encoder or extraction.bidirectional(decoder)
+  if decoder_path is not None:
+    _, decoder = _backbone(decoder_path)
+    defaults = ("separate", False)
+  elif first.encoder is not None:
+    defaults = first.cross_attention, first.shared_table
+  else:
+    defaults = ("merged", True)
   return BackboneConfig(
     encoder=_trained(encoder, dtype, remat, window),
-    decoder=_trained(backbone.decoder, dtype, remat, None),
-    cross_attention=cross_attention,
-    shared_table=shared_table,
+    decoder=_trained(decoder, dtype, remat, None),
+    cross_attention=defaults[0] if cross_attention is None else cross_attention,
+    shared_table=defaults[1] if shared_table is None else shared_table,
   )
+
+
+def _backbone(path: str | None) -> tuple[BackboneConfig, TransformerConfig]:
+  """Of a checkpoint that has a decoder, and this."""
+  config = _config(path)
+  if isinstance(config, EmbedderConfig) or config.decoder is None:
+    raise CheckpointError(
+      f"{path}: has no decoder to make an encoder-decoder of; give a decoder-only "
+      "checkpoint (`embgemma import --from=gemma`, or a run of gin/stages/pretrain.gin)"
+    )
+  return config, config.decoder
 
 
 def checkpoint_vocabulary(path: str | None) -> str:

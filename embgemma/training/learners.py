@@ -125,8 +125,7 @@ class DenoisingLearner:
     return PartitionSpec(None, BATCH_AXES)
 
   def init(self, key: Array) -> Params:
-    # As an embedder's: a stack of the same seed has the same parameters in both.
-    model_key, _ = jax.random.split(key)
+    model_key, _ = jax.random.split(key)  # as embedders do, and `warm_start`
     model = encoder_decoder.init_params(self.config, model_key)
     return {"model": model, "objective": {}}
 

@@ -346,9 +346,9 @@ def train(
     model,
     vocabulary,
   )
-  if report is not None and not optimizer.alone:
-    patterns = warm_start.random_patterns(report)
-    optimizer = dataclasses.replace(optimizer, alone=patterns)
+  if report is not None:
+    optimizer = warm_start.training_alone(optimizer, report)
+  optimizer.check_steps(train_steps)
   learner = stage.learner
   init, abstract = abstract_state(
     learner, optimizer, train_steps, ema_decay is not None, partitioner, mesh
@@ -384,6 +384,8 @@ def train(
     done = resume_step(run.store, directory, train_steps, run.position)
     if done is None and report is not None:
       console.print(adaptation.report_text(report), highlight=False, soft_wrap=True)
+      if optimizer.alone and optimizer.alone_steps:
+        console.print(f"what is random trains alone for {optimizer.alone_steps} steps")
     state = initial_state(run.store, done, init, abstract, stage.config, seed, points)
     if done is not None:
       console.print(f"resuming from step {done:,}")
@@ -392,8 +394,7 @@ def train(
       run.forget_results(start)
       if not start:
         checkpoints.write_description(directory, description, vocabulary, operative_gin)
-        if report is not None:
-          warm_start.write_report(directory, report)
+        warm_start.keep_report(directory, report)
     distributed.wait_for_all("description")
     if start in (0, train_steps):
       run.evaluate(state, start)

@@ -66,7 +66,8 @@ class Schedule:
     if warmup < 0 or decay < 0 or warmup + decay > train_steps:
       raise ConfigError(
         f"Schedule: {warmup} warm-up and {decay} decay steps do not fit into "
-        f"TRAIN_STEPS {train_steps}"
+        f"TRAIN_STEPS {train_steps}; raise that, or lower Schedule.warmup_steps "
+        "(WARMUP_STEPS) and decay_steps"
       )
     final = self.peak * self.final_ratio
     if self.kind == "cosine":
@@ -140,11 +141,28 @@ class OptimizerConfig:
         )
       object.__setattr__(self, "trainable", tuple(self.trainable))
       _check_patterns("trainable", self.trainable)
+    if isinstance(self.alone, str):
+      raise ConfigError(
+        f"OptimizerConfig.alone must be a list of patterns, got {self.alone!r}"
+      )
     object.__setattr__(self, "alone", tuple(self.alone))
     _check_patterns("alone", self.alone)
     if self.alone_steps < 0:
       raise ConfigError(
         f"OptimizerConfig.alone_steps must be >= 0, got {self.alone_steps}"
+      )
+
+  def check_steps(self, train_steps: int) -> None:
+    """Refuses a run in which most parameters would never train.
+
+    Raises:
+      ConfigError: it ends while some still train alone.
+    """
+    if self.alone and self.alone_steps >= train_steps:
+      raise ConfigError(
+        f"{list(self.alone)} train alone for {self.alone_steps} steps, and the run has "
+        f"TRAIN_STEPS {train_steps}; raise that or lower OptimizerConfig.alone_steps "
+        "(ALONE_STEPS)"
       )
 
   def build(self, train_steps: int) -> optax.GradientTransformation:

@@ -314,11 +314,12 @@ class DenoisingStage:
         "causal_lm is for a decoder alone (gin/models/decoder.gin), all others for an "
         "encoder-decoder (gin/models/encoder_decoder.gin)"
       )
-    for side, stack in sides.items():
-      if stack is not None and self.data.lengths[side] > stack.max_length:
+    for stack in sides.values():
+      # Rows may be longer: positions begin anew with each segment.
+      if stack is not None and self.data.longest > stack.max_length:
         raise ConfigError(
-          f"TASK_FEATURE_LENGTHS[{side!r}] is {self.data.lengths[side]}, the model's "
-          f"max_length is {stack.max_length}"
+          f"segments have up to {self.data.longest} tokens, the model's max_length is "
+          f"{stack.max_length}; set SEGMENT_TOKENS to that or less"
         )
 
   @property
@@ -399,5 +400,6 @@ class DenoisingStage:
       mesh,
       tokens or _EVALUATION_TOKENS,
       BATCH_AXES,
+      self.data.on_bad_record,
     )
     return Evaluation(evaluators, lambda params: params)

@@ -58,11 +58,6 @@ def init_train_state(
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
 
-def unbox(tree: PyTree) -> PyTree:
-  """The tree without logical-axis boxes."""
-  return nn.unbox(tree)
-
-
 def abstract_state(
   learner: Learner,
   optimizer: OptimizerConfig,
@@ -83,10 +78,10 @@ def abstract_state(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
     ),
-    unbox(shapes),
+    nn.unbox(shapes),
     shardings,
   )
-  return jax.jit(lambda key: unbox(boxed(key)), out_shardings=shardings), abstract
+  return jax.jit(lambda key: nn.unbox(boxed(key)), out_shardings=shardings), abstract
 
 
 def save_state(

@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
@@ -22,7 +23,7 @@ from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models import adaptation, lora
 from embgemma.models.adaptation import Adapted, Origin, Source
 from embgemma.models.config import BackboneConfig, EmbedderConfig
-from embgemma.training.optimizers import join
+from embgemma.training.optimizers import OptimizerConfig, join
 from embgemma.training.train_state import TrainState
 from embgemma.typing import Params, PyTree
 
@@ -174,10 +175,14 @@ def _adapt(
   return adaptation.adapt(config, jax.random.split(key)[0], *sources)
 
 
-def write_report(model_dir: pathlib.Path, report: Mapping[str, Any]) -> None:
-  """Keeps an adaptation's report with its run."""
-  content = json.dumps(report, indent=1).encode() + b"\n"
-  checkpoints.write_atomically(model_dir / adaptation.REPORT_FILE, content)
+def keep_report(model_dir: pathlib.Path, report: Mapping[str, Any] | None) -> None:
+  """Writes an adaptation's report beside its run; without one, drops an earlier."""
+  path = model_dir / adaptation.REPORT_FILE
+  if report is None:
+    path.unlink(missing_ok=True)
+  else:
+    content = json.dumps(report, indent=1).encode() + b"\n"
+    checkpoints.write_atomically(path, content)
 
 
 def _read_report(model_dir: pathlib.Path) -> dict[str, Any] | None:
@@ -195,13 +200,37 @@ def _read_report(model_dir: pathlib.Path) -> dict[str, Any] | None:
     raise CheckpointError(f"{path}: damaged: {error}") from error
 
 
-def random_patterns(report: Mapping[str, Any]) -> tuple[str, ...]:
-  """Patterns of the parameters that an adaptation drew at random."""
+def training_alone(
+  optimizer: OptimizerConfig, report: Mapping[str, Any]
+) -> OptimizerConfig:
+  """The optimizer, by which what an adaptation drew at random trains alone at first.
+
+  Args:
+    optimizer: Of the run; patterns of its own it keeps.
+    report: Of `adaptation.report`.
+
+  Raises:
+    ConfigError: what was drawn at random would never be trained.
+  """
   sources = {
     path: None if origin == adaptation.RANDOM else Origin(**origin)
     for path, origin in report["sources"].items()
   }
-  return adaptation.warm_up_patterns(sources)
+  # Fresh adapters change nothing, and are there to be trained.
+  drawn = [k for k, v in sources.items() if v is None and not lora.is_adapter(k)]
+  adapters = any(lora.is_adapter(path) for path in sources)
+  trained = optimizer.trainable or ((lora.PATTERN,) if adapters else ("",))
+  still = [k for k in drawn if not any(re.search(p, k) for p in trained)]
+  if still:
+    raise ConfigError(
+      f"{', '.join(still[:4])}: the checkpoint has none, so they are random, and "
+      "OptimizerConfig.trainable leaves them as they are; add a pattern of theirs, or "
+      "start from an embedder that was trained"
+    )
+  if optimizer.alone:
+    return optimizer
+  patterns = adaptation.warm_up_patterns(sources)
+  return dataclasses.replace(optimizer, alone=patterns)
 
 
 def state_from_checkpoints(
@@ -264,13 +293,12 @@ def _adapted_params(
   for path, origin in _adapt(points, config, key, shapes).sources.items():
     if origin is not None:
       places.setdefault(origin, wanted[path].sharding)
-  mesh = next(iter(wanted.values())).sharding.mesh
-  whole = NamedSharding(mesh, PartitionSpec())
 
-  def placed(name: str, path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+  def placed(name: str, path: Any, leaf: Any) -> Any:
     own = Origin(name, jax.tree_util.keystr(path, simple=True, separator="/"))
-    sharding = places.get(own, whole)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    if own not in places:  # a decoder that is dropped, say: it stays on the host
+      return np.empty(leaf.shape, leaf.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[own])
 
   trees = [
     point.restore(

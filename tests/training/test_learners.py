@@ -232,7 +232,6 @@ def assert_metrics(found: Any, expected: Any) -> None:
   [
     ("merged", EIGHT, 1, 3),
     ("separate", ONE, 4, 4),
-    ("decoder alone", ONE, 4, 4),
     ("decoder alone", EIGHT, 1, 3),
   ],
 )

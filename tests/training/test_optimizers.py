@@ -87,6 +87,9 @@ def test_schedule_refuses_what_does_not_fit_the_run(schedule):
     ({"name": "sgd"}, "OptimizerConfig.name"),
     ({"clip_norm": 0.0}, "clip_norm"),
     ({"rate_multipliers": {"(": 2.0}}, "is no pattern"),
+    ({"alone": ("(",)}, r"OptimizerConfig.alone: '\(' is no pattern"),
+    ({"alone": "projection"}, "alone must be a list of patterns"),
+    ({"alone_steps": -1}, "alone_steps must be >= 0"),
   ],
 )
 def test_optimizer_refuses(arguments, message):
@@ -101,6 +104,7 @@ def some_params() -> dict:
       "table": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
       "norm": {"scale": jnp.asarray(rng.normal(size=(4,)), jnp.float32)},
       "projection_up": {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)},
+      "mlp": {"kernel": jnp.asarray(rng.normal(size=(4, 2)), jnp.float32)},
     }
   }
 
@@ -230,3 +234,70 @@ def test_adafactor_lowers_a_loss():
   for _ in range(50):
     params, state = step(params, state)
   assert float(loss(params)) < 0.05 * first
+
+
+def updated(optimizer: optax.GradientTransformation):
+  """One jitted update: parameters and state of after it."""
+
+  @jax.jit
+  def step(gradients, params, state):
+    updates, state = optimizer.update(gradients, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return step
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_some_parameters_train_alone_at_first(name):
+  """As if there were no others: these add nothing to the norm that is clipped."""
+  settings = {"schedule": CONSTANT, "weight_decay": 0.5, "clip_norm": 0.1}
+  both = OptimizerConfig(name, alone=["projection_"], alone_steps=3, **settings)
+  optimizer, single = both.build(10), OptimizerConfig(name, **settings).build(10)
+  params = some_params()
+  own = {"model": {"projection_up": params["model"]["projection_up"]}}
+  state, own_state = optimizer.init(params), single.init(own)
+  step, own_step = updated(optimizer), updated(single)
+  rng = np.random.default_rng(2)
+  for number in range(5):
+    gradients = jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params
+    )
+    before, (params, state) = params["model"], step(gradients, params, state)
+    after = params["model"]
+    same = jax.tree.map(lambda x, y: x.tobytes() == y.tobytes(), before, after)
+    held = number < 3
+    assert same == {
+      "table": held,
+      "norm": {"scale": held},
+      "mlp": {"kernel": held},  # weight decay alone would move it
+      "projection_up": {"kernel": False},
+    }
+    if held:
+      gradients = {"model": {"projection_up": gradients["model"]["projection_up"]}}
+      own, own_state = own_step(gradients, own, own_state)
+      np.testing.assert_allclose(
+        after["projection_up"]["kernel"],
+        own["model"]["projection_up"]["kernel"],
+        rtol=1e-6,
+        atol=1e-7,
+      )
+
+
+@pytest.mark.parametrize("changes", [{"alone": ("table",)}, {"alone_steps": 3}])
+def test_without_patterns_or_steps_nothing_trains_alone(changes):
+  params = some_params()
+  plain = OptimizerConfig(schedule=CONSTANT).build(10)
+  optimizer = OptimizerConfig(schedule=CONSTANT, **changes).build(10)
+  state = optimizer.init(params)
+  assert jax.tree.structure(state) == jax.tree.structure(plain.init(params))
+  params_after, _ = updated(optimizer)(params, params, state)
+  for before, after in zip(
+    jax.tree.leaves(params), jax.tree.leaves(params_after), strict=True
+  ):
+    assert not np.array_equal(before, after)
+
+
+def test_what_trains_alone_without_match():
+  optimizer = OptimizerConfig(alone=("projection", "cross_attention"), alone_steps=1)
+  with pytest.raises(ConfigError, match=r"alone: \['cross_attention'\] match no"):
+    optimizer.build(10).init(some_params())
