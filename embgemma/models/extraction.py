@@ -36,10 +36,7 @@ def embedder_config(
   Raises:
     ConfigError: the widths or the pooler do not fit the stack.
   """
-  stack = backbone.encoder
-  if stack is None:
-    assert backbone.decoder is not None  # a backbone has one of them
-    stack = bidirectional(backbone.decoder)
+  stack = encoder(backbone)
   if hidden_width == "default":
     hidden_width = _HIDDEN_FACTOR * stack.width
   width = stack.width if embedding_width is None else embedding_width
@@ -52,6 +49,14 @@ def embedder_config(
     embedding_width=width,
     matryoshka_widths=matryoshka_widths,
   )
+
+
+def encoder(backbone: BackboneConfig) -> TransformerConfig:
+  """A backbone's encoder, or its decoder made bidirectional."""
+  if backbone.encoder is not None:
+    return backbone.encoder
+  assert backbone.decoder is not None  # a backbone has one of them
+  return bidirectional(backbone.decoder)
 
 
 def bidirectional(causal: TransformerConfig) -> TransformerConfig:

@@ -77,32 +77,36 @@ def checkpoint_encoder_decoder(
     ConfigError: no path, or a value that does not fit the model.
     CheckpointError: the checkpoint cannot be read, or has no decoder.
   """
-  first, decoder = _backbone(path)
-  encoder = first.encoder or extraction.bidirectional(decoder)
+  first = _backbone(path)
+  second = first if decoder_path is None else _backbone(decoder_path)
+  if second.decoder is None:
+    raise CheckpointError(_NO_DECODER.format(decoder_path or path))
   if decoder_path is not None:
-    _, decoder = _backbone(decoder_path)
     defaults = ("separate", False)
   elif first.encoder is not None:
     defaults = first.cross_attention, first.shared_table
   else:
     defaults = ("merged", True)
   return BackboneConfig(
-    encoder=_trained(encoder, dtype, remat, window),
-    decoder=_trained(decoder, dtype, remat, None),
+    encoder=_trained(extraction.encoder(first), dtype, remat, window),
+    decoder=_trained(second.decoder, dtype, remat, None),
     cross_attention=defaults[0] if cross_attention is None else cross_attention,
     shared_table=defaults[1] if shared_table is None else shared_table,
   )
 
 
-def _backbone(path: str | None) -> tuple[BackboneConfig, TransformerConfig]:
-  """Of a checkpoint that has a decoder, and this."""
+_NO_DECODER = (
+  "{}: has no decoder to make an encoder-decoder of; give a decoder-only checkpoint "
+  "(`embgemma import --from=gemma`, or a run of gin/stages/pretrain.gin)"
+)
+
+
+def _backbone(path: str | None) -> BackboneConfig:
+  """Of a checkpoint of pretrained stacks."""
   config = _config(path)
-  if isinstance(config, EmbedderConfig) or config.decoder is None:
-    raise CheckpointError(
-      f"{path}: has no decoder to make an encoder-decoder of; give a decoder-only "
-      "checkpoint (`embgemma import --from=gemma`, or a run of gin/stages/pretrain.gin)"
-    )
-  return config, config.decoder
+  if isinstance(config, EmbedderConfig):
+    raise CheckpointError(_NO_DECODER.format(path))
+  return config
 
 
 def checkpoint_vocabulary(path: str | None) -> str:

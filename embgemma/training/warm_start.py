@@ -110,7 +110,9 @@ def open_starting_points(
       that this embedder has not.
   """
   if decoder_path is not None and (
-    path is None or isinstance(config, EmbedderConfig) or config.decoder is None
+    path is None
+    or isinstance(config, EmbedderConfig)
+    or None in (config.encoder, config.decoder)
   ):
     raise ConfigError(
       f"INITIAL_DECODER_CHECKPOINT_PATH {decoder_path}: it is for an encoder-decoder "
@@ -193,11 +195,19 @@ def _read_report(model_dir: pathlib.Path) -> dict[str, Any] | None:
   """
   path = model_dir / adaptation.REPORT_FILE
   try:
-    return json.loads(path.read_text())
+    report = json.loads(path.read_text())
+    for origin in report["sources"].values():
+      _origin(origin)
   except FileNotFoundError:
     return None
-  except ValueError as error:
-    raise CheckpointError(f"{path}: damaged: {error}") from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointError(f"{path}: damaged: {error!r}") from error
+  return report
+
+
+def _origin(kept: Any) -> Origin | None:
+  """Of a report's `sources`."""
+  return None if kept == adaptation.RANDOM else Origin(**kept)
 
 
 def training_alone(
@@ -212,10 +222,7 @@ def training_alone(
   Raises:
     ConfigError: what was drawn at random would never be trained.
   """
-  sources = {
-    path: None if origin == adaptation.RANDOM else Origin(**origin)
-    for path, origin in report["sources"].items()
-  }
+  sources = {path: _origin(kept) for path, kept in report["sources"].items()}
   # Fresh adapters change nothing, and are there to be trained.
   drawn = [k for k, v in sources.items() if v is None and not lora.is_adapter(k)]
   adapters = any(lora.is_adapter(path) for path in sources)

@@ -1,16 +1,23 @@
 """From documents to an embedder: decoder, encoder-decoder by UL2, contrastive stage."""
 
+import dataclasses
 import json
 import pathlib
 import random
+import shutil
 import signal
 import time
 
+import jax
 import kill_resume
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from embgemma import checkpoints
+from embgemma.interop import weights
+from embgemma.models import adaptation
+from embgemma.models.config import BackboneConfig
 
 pytestmark = pytest.mark.slow
 
@@ -91,9 +98,10 @@ def _results(model_dir: pathlib.Path) -> dict[int, dict[str, float]]:
   return {int(step): results["held_out"] for step, results in kept.items()}
 
 
-def _params(model_dir: pathlib.Path) -> dict[str, np.ndarray]:
-  state = kill_resume.final_state(model_dir)
-  return {k: v for k, v in state.items() if k.startswith("params/")}
+def _params(model_dir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+  config = checkpoints.read_description(model_dir).config
+  tree = weights.read(model_dir, step, config)
+  return traverse_util.flatten_dict({"params": tree}, sep="/")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +136,7 @@ def test_a_decoder_learns_the_documents(decoder):
 def test_adaptation_accounts_for_every_parameter(encoder_decoder, decoder):
   model_dir, printed = encoder_decoder
   report = json.loads((model_dir / "adaptation.json").read_text())
-  held = _params(model_dir)
+  held = _params(model_dir, 40)
   assert {f"params/{path}" for path in report["sources"]} == held.keys()
   assert "random" not in report["sources"].values()
   assert report["parameters"] == sum(leaf.size for leaf in held.values())
@@ -198,18 +206,37 @@ def test_a_stopped_adaptation_ends_bit_for_bit_alike(
   assert kill_resume.differences(kill_resume.final_state(model_dir), expected) == []
 
 
-def test_prefix_language_modelling_and_separate_attention(
-  workspace, documents, decoder, tmp_path
+@pytest.fixture(scope="module")
+def narrow(decoder, tmp_path_factory) -> pathlib.Path:
+  """A decoder of half the width with the same vocabulary."""
+  directory = tmp_path_factory.mktemp("narrow")
+  described = checkpoints.read_description(decoder)
+  stack = dataclasses.replace(described.config.decoder, width=16)
+  described = dataclasses.replace(described, config=BackboneConfig(decoder=stack))
+  vocabulary = checkpoints.read_vocabulary(decoder)
+  checkpoints.write_description(directory, described, vocabulary, "")
+  generator = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: generator.normal(0, 0.1, leaf.shape).astype(np.float32),
+    adaptation.abstract_params(described.config),
+  )
+  checkpoints.write_weights(directory, params)
+  return directory
+
+
+def test_a_narrower_decoder_learns_to_read_first(
+  workspace, documents, decoder, narrow, tmp_path
 ):
-  """Another objective, another cross-attention, on several devices."""
+  """Unbalanced, prefix language modelling, parameters split over devices, resumed."""
   model_dir = tmp_path / "run"
   flags = _adapt_flags(
     documents,
     decoder,
+    f"--gin.INITIAL_DECODER_CHECKPOINT_PATH={narrow}",
     "--gin.DENOISERS=@prefix_lm()",
-    "--gin.checkpoint_encoder_decoder.cross_attention=separate",
-    "--gin.checkpoint_encoder_decoder.shared_table=False",
+    "--gin.ALONE_STEPS=4",
     "--gin.TRAIN_STEPS=6",
+    "--gin.CHECKPOINT_STEPS=2",
     "--gin.Partitioner.fsdp=2",
   )
   environment = workspace.environment | {
@@ -218,13 +245,26 @@ def test_prefix_language_modelling_and_separate_attention(
   training = kill_resume.Training(flags, environment)
   training.finish(model_dir)
   report = json.loads((model_dir / "adaptation.json").read_text())
-  assert "random" not in report["sources"].values()
-  crossed = [path for path in report["sources"] if "cross_attention/" in path]
-  for path in crossed:
-    source = report["sources"][path]["path"]
-    assert source == path.replace("cross_attention", "attention")
-  results = _results(model_dir)
-  assert results[6]["loss"] < results[0]["loss"]
+  random_paths = {k for k, v in report["sources"].items() if v == "random"}
+  assert random_paths
+  assert all("cross_attention" in path for path in random_paths)
+  by_step = {step: _params(model_dir, step) for step in (2, 4, 6)}
+  moved = {
+    (a, b): {
+      path.removeprefix("params/")
+      for path, value in by_step[a].items()
+      if not np.array_equal(value, by_step[b][path])
+    }
+    for a, b in ((2, 4), (4, 6))
+  }
+  assert moved[2, 4] == random_paths
+  assert moved[4, 6] == report["sources"].keys()
+  whole = kill_resume.final_state(model_dir)
+  for step in (4, 6):
+    shutil.rmtree(model_dir / "checkpoints" / str(step))
+  training.finish(model_dir)
+  assert "resuming from step 2" in model_dir.with_suffix(".log").read_text()
+  assert kill_resume.differences(kill_resume.final_state(model_dir), whole) == []
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,11 @@ def test_what_shapes_do_not_tell_is_noted():
   assert notes(BackboneConfig(decoder=longer), _DECODER) == (
     "decoder: window is (5, 0) in the decoder of A, (7, 0) here",
   )
+  wider = dataclasses.replace(_BIDIRECTIONAL, window=(5, 5))
+  assert notes(BackboneConfig(wider, _CAUSAL), _DECODER) == (
+    "encoder: its window is (5, 5); half of (5, 0), with which it was trained, is "
+    "(3, 3)",
+  )
   one_sided = dataclasses.replace(_BIDIRECTIONAL, window=(5, 0))
   (note,) = notes(BackboneConfig(encoder=one_sided), _DECODER)
   assert note == "encoder: its window (5, 0) is one-sided, as of a causal stack"

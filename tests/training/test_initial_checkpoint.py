@@ -130,9 +130,28 @@ def test_an_encoder_decoder_of_a_decoder(decoder, write):
   )
 
 
-def test_an_encoder_decoder_goes_on(config, decoder, write):
-  kept = BackboneConfig(dataclasses.replace(config.transformer, num_layers=2), decoder)
+@pytest.mark.parametrize("cross_attention", ["merged", "separate"])
+@pytest.mark.parametrize("shared_table", [True, False])
+def test_an_encoder_decoder_goes_on(
+  config, decoder, write, cross_attention, shared_table
+):
+  encoder = dataclasses.replace(config.transformer, num_layers=2)
+  kept = BackboneConfig(encoder, decoder, cross_attention, shared_table)
   assert checkpoint_encoder_decoder(write(kept)) == kept
+
+
+def test_an_encoder_decoder_of_two_checkpoints(
+  decoder, write, vocabulary, tmp_path_factory
+):
+  """Of other widths: T5Gemma's 9B-2B is made so."""
+  wide = dataclasses.replace(decoder, width=32)
+  other = tmp_path_factory.mktemp("other")
+  described = Description(BackboneConfig(decoder=wide), {"targets": 8}, {})
+  checkpoints.write_description(other, described, vocabulary, "")
+  second = write(BackboneConfig(decoder=decoder))
+  encoder = dataclasses.replace(wide, mask="bidirectional", window=(8, 8))
+  expected = BackboneConfig(encoder, decoder, "separate", shared_table=False)
+  assert checkpoint_encoder_decoder(str(other), second) == expected
 
 
 def test_an_encoder_decoder_needs_a_decoder(config, write):

@@ -33,10 +33,10 @@ from embgemma.training.warm_start import (
   StartingPoint,
   find_start,
   is_adapted,
+  keep_report,
   open_starting_points,
-  random_patterns,
   state_from_checkpoints,
-  write_report,
+  training_alone,
 )
 from embgemma.typing import PackedSequences
 
@@ -290,7 +290,7 @@ def test_cross_attention_between_two_widths_is_random(
       np.testing.assert_array_equal(leaf, source, err_msg=name)
   assert {name for name, x in report["sources"].items() if x == "random"} == random
   assert report["sources"].keys() == leaves.keys()
-  patterns = random_patterns(report)
+  patterns = training_alone(OptimizerConfig(), report).alone
   for prefix in ("", "model/"):
     assert random == {
       name for name in leaves if any(re.search(p, prefix + name) for p in patterns)
@@ -304,7 +304,7 @@ def test_a_run_keeps_the_report_of_its_start(decoder, vocabulary, tmp_path):
     find_start, tmp_path, decoder_path=None, config=SEPARATE, vocabulary=vocabulary
   )
   _, report = start(decoder[0])
-  write_report(tmp_path, report)
+  keep_report(tmp_path, report)
   # Until there is a checkpoint the run starts anew.
   assert len(start(decoder[0]).points) == 1
   (tmp_path / "checkpoints" / "1").mkdir(parents=True)
@@ -312,14 +312,40 @@ def test_a_run_keeps_the_report_of_its_start(decoder, vocabulary, tmp_path):
   (tmp_path / adaptation.REPORT_FILE).write_text("{")
   with pytest.raises(CheckpointError, match=f"{adaptation.REPORT_FILE}: damaged"):
     start(decoder[0])
-  (tmp_path / adaptation.REPORT_FILE).unlink()
+  keep_report(tmp_path, None)  # a run that starts from nothing, in its place
   assert start(decoder[0]) == ((), None)
 
 
 def test_what_is_balanced_has_nothing_to_train_alone(decoder, vocabulary, tmp_path):
   _, report = find_start(tmp_path, decoder[0], None, SEPARATE, vocabulary)
-  assert random_patterns(report) == ()
+  assert training_alone(OptimizerConfig(), report).alone == ()
   assert find_start(tmp_path, None, None, SEPARATE, vocabulary) == ((), None)
+
+
+def test_what_is_random_must_be_trained(decoder, vocabulary, tmp_path):
+  config = dataclasses.replace(EMBEDDER, lora=LoraConfig(rank=2))
+  _, report = find_start(tmp_path, decoder[0], None, config, vocabulary)
+  for trainable in (None, ("projection_up", "lora_")):
+    with pytest.raises(ConfigError, match="projection_down/kernel.* are random"):
+      training_alone(OptimizerConfig(trainable=trainable), report)
+  both = OptimizerConfig(trainable=("projection_", "lora_"))
+  assert training_alone(both, report).alone
+  assert training_alone(OptimizerConfig(alone=("lora_",), trainable=(".",)), report)
+
+
+def test_an_embedder_with_adapters_may_be_a_start_too(vocabulary, tmp_path):
+  config = dataclasses.replace(EMBEDDER, lora=LoraConfig(rank=2))
+  params = random_params(config, 7)
+  path = write(tmp_path / "embedder", config, params, vocabulary)
+  points, report = find_start(tmp_path, path, None, MERGED, vocabulary)
+  assert "random" not in report["sources"].values()
+  leaves = flat(Setup(MERGED).state_from(points).params["model"])
+  name = "remainder/layer_0/mlp/up/kernel"
+  own = flat(params)[f"encoder/{name}"]
+  up, down = (flat(params)[f"encoder/{name[:-6]}{x}"] for x in ("lora_a", "lora_b"))
+  merged = own + config.lora.scale * up @ down
+  for side in ("encoder", "decoder"):
+    np.testing.assert_allclose(leaves[f"{side}/{name}"], merged, rtol=1e-5, atol=1e-5)
 
 
 def test_another_vocabulary_is_refused(decoder, tmp_path):
