@@ -299,14 +299,6 @@ def test_bad_files(vocabulary, tmp_path):
     _evaluators({"name": str(path)}, vocabulary)
 
 
-def test_what_does_not_belong_together(vocabulary):
-  with pytest.raises(
-    ConfigError, match="are for a decoder alone, and the model has an"
-  ):
-    _evaluators({}, vocabulary, corruption=_CAUSAL)
-  with pytest.raises(
-    ConfigError, match="are for an encoder too, and the model has none"
-  ):
-    _evaluators({}, vocabulary, _MODELS["decoder"])
+def test_another_models_vocabulary(vocabulary):
   with pytest.raises(DataError, match="has 520 pieces, the model's table 98 rows"):
     _evaluators({}, vocabulary, _MODELS["encoder-decoder"])

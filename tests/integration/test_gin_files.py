@@ -1,6 +1,7 @@
 """Every gin file parses with what it goes with, and `explain` resolves it."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import sys
@@ -105,8 +106,10 @@ def pretrained(write_base) -> pathlib.Path:
   return write_base("decoder", encoder_decoder, BackboneConfig(decoder=decoder))
 
 
-@pytest.mark.parametrize("stage", STAGES_OF_PAIRS)
-@pytest.mark.parametrize("model", EMBEDDERS)
+@pytest.mark.parametrize(
+  ("model", "stage"),
+  [*itertools.product(EMBEDDERS, STAGES_OF_PAIRS), ("from_checkpoint", "probe")],
+)
 def test_model_with_stage(model, stage, pairs, base, capsys):
   text = (GIN / "models" / f"{model}.gin").read_text()
   own = "VOCABULARY_SIZE = None" in text and "checkpoint" not in text
@@ -156,8 +159,8 @@ def test_backbone_with_stage(models, stage, documents, pretrained, capsys):
   small = 6 * _LAYER + 32
   expected, row, segment = {
     "decoder": (8192 * 128 + tiny, "512", 511),
-    "encoder_decoder": (8192 * 128 + 2 * tiny, "512 + 512", 256),
-    "adapted": (640 * 32 + 2 * small, "512 + 512", 256),
+    "encoder_decoder": (8192 * 128 + 2 * tiny, "1024 + 1024", 512),
+    "adapted": (640 * 32 + 2 * small, "1024 + 1024", 512),
   }[models[-1]]
   assert total_parameters(output) == expected
   for part in (
@@ -208,7 +211,7 @@ def test_recipe(recipe, pairs, capsys):
 def test_every_gin_file_is_tested():
   tested = {f"models/{name}" for name in EMBEDDERS}
   tested |= {f"models/{name}" for models, _ in BACKBONES for name in models}
-  tested |= {f"stages/{name}" for name in STAGES_OF_PAIRS}
+  tested |= {f"stages/{name}" for name in (*STAGES_OF_PAIRS, "probe")}
   tested |= {f"stages/{stage}" for _, stage in BACKBONES}
   tested |= {f"recipes/{name}" for name in RECIPES}
   files = {str(path.relative_to(GIN).with_suffix("")) for path in GIN.rglob("*.gin")}
