@@ -259,16 +259,13 @@ def test_a_bad_record_stops_training_with_one_message(run, workspace, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "mention"), [(300, "token id"), (700, "800 pieces")])
-def test_vocabulary_that_is_larger_than_the_table(
-  rows, mention, run, workspace, trained, tmp_path
-):
+def test_vocabulary_that_is_larger_than_the_table(run, workspace, trained, tmp_path):
   flags = workspace.flags(
     f"--gin.VOCABULARY={trained / 'tokenizer.model'}",
-    f"--gin.TransformerConfig.vocab_size={rows}",
+    "--gin.TransformerConfig.vocab_size=700",
     f"--gin.MODEL_DIR={tmp_path / 'run'}",
   )
-  check_message(run("train", *flags), [mention, f"{rows} rows"])
+  check_message(run("train", *flags), ["800 pieces", "700 rows"])
 
 
 @pytest.fixture
@@ -290,7 +287,7 @@ RESUMES = [
   Case(
     "optimizer",
     ("--gin.OptimizerConfig.name='adafactor'",),
-    ("opt_state/1/mu/embedder", "checkpoint (", "model -"),
+    ("opt_state/1/mu/model", "checkpoint (", "model -"),
   ),
   Case("average", ("--gin.EMA_DECAY=0.9",), ("checkpoints/30/ema",)),
 ]

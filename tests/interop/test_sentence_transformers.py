@@ -242,7 +242,7 @@ def test_causal_model_is_a_decoder(tmp_path, vocabulary, tiny_shape, causal_logi
   ours = causal_logits(model.description.config, model.params, tokens)
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
   assert np.abs(theirs).max() > 1
-  with pytest.raises(CheckpointError, match="only an embedder"):
+  with pytest.raises(CheckpointError, match="holds pretrained stacks"):
     CheckpointEmbedder(tmp_path)
 
 

@@ -445,7 +445,7 @@ print(json.dumps(configs))
 @pytest.fixture(scope="module")
 def presets() -> dict[str, EmbedderConfig]:
   # Others take the model of a checkpoint.
-  files = [str(p) for p in _GIN.glob("*.gin") if "TransformerConfig:" in p.read_text()]
+  files = [str(p) for p in _GIN.glob("*.gin") if "\nEmbedderConfig:" in p.read_text()]
   out = subprocess.run(
     [sys.executable, "-c", _READ_PRESETS, *files],
     check=True,

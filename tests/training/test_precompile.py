@@ -382,8 +382,8 @@ def test_the_command_for_documents(cost, monkeypatch, capsys):
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   cli.main(["precompile", *DOCUMENTS])
   assert asked["model"].encoder.width == 128
-  assert set(asked["lengths"].ravel()) == {256}
-  assert "segments of 256 tokens" in capsys.readouterr().out
+  assert set(asked["lengths"].ravel()) == {512}
+  assert "segments of 512 tokens" in capsys.readouterr().out
   with pytest.raises(SystemExit):
     cli.main(["precompile", *DOCUMENTS, "--query_tokens=32"])
   assert "--query_tokens and --passage_tokens are of pairs" in capsys.readouterr().err
