@@ -86,7 +86,7 @@ def _train(
   import gin
 
   from embgemma import gin_config
-  from embgemma.training import distributed, loop
+  from embgemma.training import distributed, loop, stages
   from embgemma.training.distributed import Processes
   from embgemma.training.stopping import Stopped
 
@@ -95,6 +95,8 @@ def _train(
   )
   _configure(options, bindings)
   arguments = gin_config.train_arguments()
+  # What does not belong together is said before minutes of tokenising.
+  stages.make_stage(*(arguments[name] for name in ("model", "objective", "data")))
   process.keep_compilations()
   if options.multiprocess or processes.count is not None:
     distributed.initialize(processes)

@@ -165,7 +165,7 @@ def make_stage(
   model: EmbedderConfig | BackboneConfig,
   objective: Objective | Denoising,
   data: CachedData,
-  platform: str,
+  platform: str | None = None,
 ) -> Stage:
   """The stage of a model, its loss and its data, checked.
 
@@ -173,7 +173,7 @@ def make_stage(
     model: Of the run.
     objective: Its loss.
     data: What to train on.
-    platform: Of its devices.
+    platform: Of its devices; None leaves the model's attention open.
 
   Raises:
     ConfigError: they do not belong together.
@@ -183,14 +183,15 @@ def make_stage(
     and isinstance(objective, Objective)
     and isinstance(data, DataConfig)
   ):
-    return EmbeddingStage(embedder.on_platform(model, platform), objective, data)
+    embedding = model if platform is None else embedder.on_platform(model, platform)
+    return EmbeddingStage(embedding, objective, data)
   if (
     isinstance(model, BackboneConfig)
     and isinstance(objective, Denoising)
     and isinstance(data, TextDataConfig)
   ):
-    config = encoder_decoder.on_platform(model, platform)
-    return DenoisingStage(config, objective, data)
+    stacks = model if platform is None else encoder_decoder.on_platform(model, platform)
+    return DenoisingStage(stacks, objective, data)
   names = ", ".join(type(part).__name__ for part in (model, objective, data))
   raise ConfigError(
     f"the run's model, objective and data are {names}, which do not belong together: "

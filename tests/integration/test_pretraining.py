@@ -293,11 +293,17 @@ def test_a_narrower_decoder_learns_to_read_first(
     ),
   ],
 )
-def test_what_does_not_belong_together_is_refused(flags, message, workspace):
-  done = workspace.run(
-    "explain", *flags, "--gin.TRAIN_STEPS=200", "--gin.BATCH_SIZE=16"
+def test_what_does_not_belong_together_is_refused(flags, message, workspace, tmp_path):
+  """Before anything is tokenised."""
+  model_dir = tmp_path / "run"
+  more = (
+    "--gin.TRAIN_STEPS=200",
+    "--gin.BATCH_SIZE=16",
+    f"--gin.MODEL_DIR={model_dir}",
   )
+  done = workspace.run("train", *flags, *more)
   assert done.returncode == 1
+  assert done.stderr.startswith("embgemma: error: ")
   assert message in done.stderr
   assert "Traceback" not in done.stderr
 
