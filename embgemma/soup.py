@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore, Description
@@ -26,12 +25,9 @@ from embgemma.interop import conversion, weights
 from embgemma.interop.layout import NumpyTree
 from embgemma.interop.model import Model
 from embgemma.models import lora
-from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.models.config import BackboneConfig, EmbedderConfig, settings
 
 INGREDIENTS_FILE = "ingredients.json"
-
-# How a stack is computed: no weight depends on it.
-_COMPUTATION = ("dtype", "remat", "attention", "dropout_rate")
 _MAX_LISTED = 10
 
 
@@ -265,9 +261,5 @@ def _differing(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 def _settings(config: EmbedderConfig | BackboneConfig) -> dict[str, Any]:
   """What of a configuration weights depend on, by name."""
-  values = traverse_util.flatten_dict(_without_adapters(config).to_json(), sep=".")
-  return {
-    name: value
-    for name, value in values.items()
-    if name.rpartition(".")[2] not in _COMPUTATION
-  }
+  values = settings(_without_adapters(config))
+  return {k: v for k, v in values.items() if k.rpartition(".")[2] != "dtype"}

@@ -209,8 +209,7 @@ def evaluators(
     ConfigError: an entry that cannot work.
     DataError: a missing or bad file, or a vocabulary of another model.
   """
-  stacks = [stack for stack in (config.encoder, config.decoder) if stack is not None]
-  rows = min(stack.vocab_size for stack in stacks)
+  rows = min(stack.vocab_size for stack in config.stacks)
   if vocabulary.size > rows:
     raise DataError(
       f"the vocabulary has {vocabulary.size} pieces, the model's table {rows} rows; "

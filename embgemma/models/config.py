@@ -378,6 +378,11 @@ class BackboneConfig:
         "'separate' does not",
       )
 
+  @property
+  def stacks(self) -> tuple[TransformerConfig, ...]:
+    """Encoder and decoder, as far as they are there."""
+    return tuple(s for s in (self.encoder, self.decoder) if s is not None)
+
   def _require_equal(self, fields: Sequence[str], why: str) -> None:
     if self.encoder is None or self.decoder is None:
       return
@@ -406,3 +411,18 @@ class BackboneConfig:
         if values.get(field) is not None
       }
       return cls(**{**values, **stacks})
+
+
+# How a stack is computed: no number that is kept depends on it.
+_COMPUTED = ("remat", "attention", "dropout_rate")
+
+
+def settings(config: EmbedderConfig | BackboneConfig) -> dict[str, Any]:
+  """What a model is, by name, such as "transformer.width"; not how it is computed."""
+  values: dict[str, Any] = {"kind": type(config).__name__}
+  for key, value in config.to_json().items():
+    if isinstance(value, dict):
+      values |= {f"{key}.{name}": inner for name, inner in value.items()}
+    else:
+      values[key] = value
+  return {k: v for k, v in values.items() if k.rpartition(".")[2] not in _COMPUTED}

@@ -53,10 +53,8 @@ def bytes_per_slot(
   return kept * _WORKING_SHARE
 
 
-def _stacks(config: EmbedderConfig | BackboneConfig) -> list[TransformerConfig]:
-  if isinstance(config, EmbedderConfig):
-    return [config.transformer]
-  return [stack for stack in (config.encoder, config.decoder) if stack is not None]
+def _stacks(config: EmbedderConfig | BackboneConfig) -> Sequence[TransformerConfig]:
+  return (config.transformer,) if isinstance(config, EmbedderConfig) else config.stacks
 
 
 def _without_remat(

@@ -175,8 +175,7 @@ class DenoisingLearner:
     vectors: TokenVectors,
   ) -> TokenLosses:
     """Of one microbatch."""
-    stacks = (self.config.encoder, self.config.decoder)
-    dropout = any(stack is not None and stack.dropout_rate for stack in stacks)
+    dropout = any(stack.dropout_rate for stack in self.config.stacks)
     own = jax.random.fold_in(key, number) if dropout else None
     hidden = encoder_decoder.hidden_states(self.config, params, rows, own, vectors)
     table = encoder_decoder.output_table(self.config, params)

@@ -9,7 +9,7 @@ import jax
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.models.config import BackboneConfig, EmbedderConfig
+from embgemma.models.config import BackboneConfig, EmbedderConfig, settings
 from embgemma.training.train_state import TrainState, restored_state
 from embgemma.training.warm_start import StartingPoint, state_from_checkpoints
 
@@ -25,7 +25,7 @@ def check_same_model(
   if not checkpoints.is_checkpoint(directory):
     return
   kept = checkpoints.read_description(directory).config
-  new, old = (_settings(config) for config in (description.config, kept))
+  new, old = (settings(config) for config in (description.config, kept))
   if new != old:
     differing = [
       f"{key}: {old.get(key)} there, {new.get(key)} here"
@@ -36,22 +36,6 @@ def check_same_model(
       f"{directory} holds a model of another configuration ({', '.join(differing)}); "
       "use another MODEL_DIR"
     )
-
-
-# How things are computed changes no number that is kept.
-_COMPUTED = ("remat", "attention", "dropout_rate")
-
-
-def _settings(config: EmbedderConfig | BackboneConfig) -> dict[str, Any]:
-  """What a model is, such as "transformer.width" to 768."""
-  values = {"kind": type(config).__name__}
-  for key, value in config.to_json().items():
-    if isinstance(value, dict):
-      inner = {k: v for k, v in value.items() if k not in _COMPUTED}
-      values |= {f"{key}.{k}": v for k, v in inner.items()}
-    else:
-      values[key] = value
-  return values
 
 
 def resume_step(

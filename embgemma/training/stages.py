@@ -315,9 +315,9 @@ class DenoisingStage:
         "causal_lm is for a decoder alone (gin/models/decoder.gin), all others for an "
         "encoder-decoder (gin/models/encoder_decoder.gin)"
       )
-    for stack in sides.values():
+    for stack in self.config.stacks:
       # Rows may be longer: positions begin anew with each segment.
-      if stack is not None and self.data.longest > stack.max_length:
+      if self.data.longest > stack.max_length:
         raise ConfigError(
           f"segments have up to {self.data.longest} tokens, the model's max_length is "
           f"{stack.max_length}; set SEGMENT_TOKENS to that or less"
@@ -334,8 +334,7 @@ class DenoisingStage:
   @property
   def table_rows(self) -> int:
     """Of the smaller table: ids of both sides must be below."""
-    stacks = (self.config.encoder, self.config.decoder)
-    return min(stack.vocab_size for stack in stacks if stack is not None)
+    return min(stack.vocab_size for stack in self.config.stacks)
 
   def source(
     self,
