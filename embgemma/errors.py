@@ -13,6 +13,10 @@ class DataError(EmbgemmaError):
   """A record, file or cache that cannot be read as what it should be."""
 
 
+class EmptyTextError(DataError):
+  """A record whose text is empty."""
+
+
 class CheckpointError(EmbgemmaError):
   """A checkpoint that is missing, damaged or of another architecture."""
 

@@ -2,211 +2,68 @@
 
 An example is a pair, or the text of a document: a source's `content` says which.
 
-Sources are frozen dataclasses: gin builds them, their fingerprint keys the cache.
-Built-in and file sources yield examples in pure Python; the TensorFlow ones are
-opened by `embgemma.data.seqio_registry`, which hands all of them to seqio.
+Sources are frozen dataclasses: gin builds them, their fingerprint keys the cache. A
+source in Python has shards, which are groups of files and can be read each by itself,
+in order; the TensorFlow ones are opened by `embgemma.data.seqio_registry`.
 """
 
 import abc
 import dataclasses
-import glob
-import gzip
 import hashlib
 import importlib.util
+import itertools
 import json
-import os
 import pathlib
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from embgemma.data import builtin_corpus
+from embgemma.data import beir, builtin_corpus, files, parquet, record_formats
+from embgemma.data.bad_records import (
+  BAD_RECORD_POLICIES,
+  MAX_LISTED_SKIPS,
+  SkipLog,
+  leave_out,
+)
+from embgemma.data.files import read_lines
+from embgemma.data.jsonl import (
+  check_object,
+  decode_line,
+  parse_json,
+  parse_json_line,
+  read_jsonl,
+  string_field,
+)
+from embgemma.data.record_formats import pair_example, text_example
 from embgemma.errors import ConfigError, DataError
 
-BAD_RECORD_POLICIES = ("fail", "skip")
-# A run that skips names this many records; the rest are counted.
-MAX_LISTED_SKIPS = 20
+__all__ = [
+  "BAD_RECORD_POLICIES",
+  "MAX_LISTED_SKIPS",
+  "BeirSource",
+  "BuiltinSource",
+  "JsonlSource",
+  "ParquetSource",
+  "PythonSource",
+  "Shard",
+  "SkipLog",
+  "Source",
+  "TextFileSource",
+  "TfdsSource",
+  "TfrecordSource",
+  "decode_line",
+  "module_fingerprint",
+  "pair_example",
+  "parse_json_line",
+  "read_jsonl",
+  "read_lines",
+  "string_field",
+  "text_example",
+]
 
+Shard = tuple[str, ...]
+"""Files read in order; of the built-in corpus, a split."""
 
-@dataclasses.dataclass
-class SkipLog:
-  """Records left out under `on_bad_record=skip`, by reason."""
-
-  count: int = 0
-  listed: list[str] = dataclasses.field(default_factory=list)
-
-  def add(self, error: DataError) -> None:
-    self.count += 1
-    if len(self.listed) < MAX_LISTED_SKIPS:
-      self.listed.append(str(error))
-
-
-def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
-  """Line numbers (from 1) and lines, without line ends, of a plain or .gz file.
-
-  Raises:
-    DataError: the file is missing, unreadable or a damaged gzip stream.
-  """
-  opener = gzip.open if str(path).endswith(".gz") else open
-  number = 0
-  try:
-    with opener(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        yield number, line.rstrip(b"\r\n")
-  except FileNotFoundError as error:
-    raise DataError(f"{path}: no such file") from error
-  except (OSError, EOFError, zlib.error) as error:
-    raise DataError(f"{path}:{number + 1}: cannot be read: {error}") from error
-
-
-def decode_line(path: str | os.PathLike[str], number: int, line: bytes) -> str:
-  """A line's text.
-
-  Raises:
-    DataError: invalid UTF-8.
-  """
-  try:
-    return line.decode("utf-8")
-  except UnicodeDecodeError as error:
-    raise DataError(
-      f"{path}:{number}: invalid UTF-8 at byte {error.start}; save the file as UTF-8"
-    ) from error
-
-
-_PAIR_LINE = '{"query": "…", "positive": "…"}'
 _TEXT_LINE = '{"text": "…"}'
-
-
-def parse_json_line(
-  path: str | os.PathLike[str], number: int, line: bytes, like: str = _PAIR_LINE
-) -> dict:
-  """The object on one JSONL line.
-
-  Args:
-    path: Of the file.
-    number: Of the line.
-    line: Without its end.
-    like: An object as it should be, for the message.
-
-  Raises:
-    DataError: empty line, invalid UTF-8, malformed JSON or not an object.
-  """
-  where = f"{path}:{number}"
-  text = decode_line(path, number, line)
-  if not text.strip():
-    raise DataError(f"{where}: empty line; each line must hold one JSON object")
-  try:
-    value = json.loads(text)
-  except (ValueError, RecursionError) as error:  # ValueError: thousands of digits
-    raise DataError(f"{where}: malformed JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise DataError(
-      f"{where}: expected a JSON object, got {type(value).__name__}; one object "
-      f"like {like} a line"
-    )
-  return value
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict]]:
-  """Line numbers and objects of a JSONL file, plain or .gz.
-
-  Raises:
-    DataError: see `read_lines` and `parse_json_line`.
-  """
-  for number, line in read_lines(path):
-    yield number, parse_json_line(path, number, line)
-
-
-def string_field(
-  record: Mapping[str, Any], key: str, where: str, default: str | None = None
-) -> str:
-  """The string under a key; the default where it is absent or null.
-
-  Raises:
-    DataError: no such key and no default, not a string, or a lone surrogate,
-      which no tokenizer can encode.
-  """
-  value = record.get(key)
-  value = default if value is None else value
-  if value is None:
-    raise DataError(f'{where}: no "{key}"; the record has {sorted(record)}')
-  if not isinstance(value, str):
-    raise DataError(f'{where}: "{key}" must be a string, got {type(value).__name__}')
-  try:
-    value.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise DataError(
-      f'{where}: "{key}" holds a lone surrogate at character {error.start}; '
-      "write the text as valid UTF-8"
-    ) from error
-  return value
-
-
-def _text(
-  record: Mapping[str, Any],
-  key: str,
-  where: str,
-  needs: str = '"query" and "positive"',
-) -> str:
-  if record.get(key) is None:
-    raise DataError(
-      f'{where}: no "{key}"; a record needs {needs}, has {sorted(record)}'
-    )
-  value = string_field(record, key, where)
-  if not value.strip():
-    raise DataError(f'{where}: "{key}" is empty; give it text or drop the record')
-  return value
-
-
-def pair_example(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """One record as the features that every task has.
-
-  Args:
-    record: {"query", "positive", "negatives"? (or "negative", one string),
-      "title"?, "task"?, "label"?}; other keys are ignored.
-    where: File and line, for messages.
-
-  Returns:
-    query, positive, title, task, label: str ("" where absent); negatives: list[str].
-
-  Raises:
-    DataError: a field is missing, empty or not of its type.
-  """
-  negatives = record.get("negatives")
-  if negatives is None:
-    single = record.get("negative")
-    negatives = [] if single is None else [single]
-  if not isinstance(negatives, list | tuple):
-    raise DataError(
-      f'{where}: "negatives" must be a list of strings, got {type(negatives).__name__}'
-    )
-  indexed = {f"negatives[{i}]": text for i, text in enumerate(negatives)}
-  optional = {
-    key: _text(record, key, where) if record.get(key) not in (None, "") else ""
-    for key in ("title", "task", "label")
-  }
-  return {
-    "query": _text(record, "query", where),
-    "positive": _text(record, "positive", where),
-    "negatives": [_text(indexed, key, where) for key in indexed],
-    **optional,
-  }
-
-
-def text_example(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-  """One record as the feature that every task of documents has.
-
-  Args:
-    record: {"text"}; other keys are ignored.
-    where: File and line, for messages.
-
-  Returns:
-    text: str.
-
-  Raises:
-    DataError: the text is missing, empty or no string.
-  """
-  return {"text": _text(record, "text", where, needs='"text"')}
 
 
 def _fingerprint(*parts: Any) -> str:
@@ -216,18 +73,25 @@ def _fingerprint(*parts: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _FileSource(abc.ABC):
-  """Examples in files, one a line."""
+  """Examples in files of records."""
 
   path: str | tuple[str, ...]
   limit: int | None = None
 
-  splits = ("train",)
   content = "pairs"
   _format = "JSONL"
 
   @abc.abstractmethod
-  def _example(self, path: str, number: int, line: bytes) -> dict[str, Any] | None:
-    """The example on a line; None if there is none."""
+  def _units(self, path: str) -> Iterator[tuple[int, Any]]:
+    """Numbers from 1 and what a record is made of: lines or rows."""
+
+  @abc.abstractmethod
+  def _record(self, path: str, number: int, unit: Any) -> Any:
+    """What a record format takes."""
+
+  @abc.abstractmethod
+  def _reader(self, path: str, skipped: SkipLog) -> record_formats.RecordFormat:
+    """Makes examples of the records of a file."""
 
   def files(self) -> list[str]:
     """Matching files, sorted.
@@ -238,8 +102,7 @@ class _FileSource(abc.ABC):
     patterns = (self.path,) if isinstance(self.path, str) else tuple(self.path)
     found = []
     for pattern in patterns:
-      # A plain path may hold glob characters.
-      matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+      matches = files.match(pattern)
       if not matches:
         raise DataError(
           f"{pattern}: no such file; check the path of the {self._format} task"
@@ -247,65 +110,103 @@ class _FileSource(abc.ABC):
       found.extend(matches)
     return found
 
-  def fingerprint(self) -> str:
-    """Changes when a file is replaced or written to."""
-    stats = [(os.path.abspath(f), os.stat(f)) for f in self.files()]
-    return _fingerprint(
-      self._format.lower(),
-      self.limit,
-      [(f, s.st_size, s.st_mtime_ns) for f, s in stats],
-    )
-
-  def examples(
-    self, split: str, on_bad_record: str, skipped: SkipLog
-  ) -> Iterator[dict[str, Any]]:
-    """Examples in file order.
+  def shards(self) -> tuple[Shard, ...]:
+    """The files, each by itself; all of them together where there is a limit.
 
     Raises:
-      DataError: the first bad record, unless `on_bad_record` is "skip".
+      DataError: see `files`.
     """
-    del split  # one split
-    count = 0
-    for path in self.files():
-      for number, line in read_lines(path):
-        if count == self.limit:
-          return
-        try:
-          example = self._example(path, number, line)
-        except DataError as error:
-          if on_bad_record != "skip":
-            raise DataError(
-              f"{error} (or pass --on_bad_record=skip to leave bad records out)"
-            ) from error
-          skipped.add(error)
-          continue
-        if example is not None:
-          count += 1
-          yield example
+    found = self.files()
+    return tuple((path,) for path in found) if self.limit is None else (tuple(found),)
+
+  def fingerprint(self) -> str:
+    """Changes when a file is replaced or written to."""
+    settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[1:]}
+    stamps = [files.fingerprint(path) for path in self.files()]
+    return _fingerprint(self._format.lower(), settings, stamps)
+
+  def read(
+    self, shard: Shard, on_bad_record: str, skipped: SkipLog
+  ) -> Iterator[dict[str, Any]]:
+    """Examples of a shard, in order.
+
+    Args:
+      shard: One of `shards`.
+      on_bad_record: "fail" or "skip".
+      skipped: Takes the records that are left out.
+
+    Raises:
+      DataError: the first bad record, unless `on_bad_record` is "skip"; a damaged
+        file.
+    """
+    each = (self._read_file(path, on_bad_record, skipped) for path in shard)
+    yield from itertools.islice(itertools.chain.from_iterable(each), self.limit)
+
+  def _read_file(
+    self, path: str, on_bad_record: str, skipped: SkipLog
+  ) -> Iterator[dict[str, Any]]:
+    reader = self._reader(path, skipped)
+    for number, unit in self._units(path):
+      try:
+        record = self._record(path, number, unit)
+        examples = reader.add(record, f"{path}:{number}")
+      except DataError as error:
+        leave_out(error, on_bad_record, skipped)
+        continue
+      yield from examples
+    yield from reader.finish()
+
+
+def _check_format(name: str) -> None:
+  if name not in record_formats.FORMATS:
+    raise ConfigError(
+      f"unknown format {name!r} of records; there are {sorted(record_formats.FORMATS)}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlSource(_FileSource):
-  """Pairs in JSONL files: one path, a glob, or several; plain or .gz.
+  """Pairs in JSONL files: one path, a glob, or several; plain or compressed.
 
   Attributes:
-    path: The training file or files.
-    limit: Read only the first so many records; None is all of them.
+    path: The training file or files, local or remote; see `files`.
+    limit: Read only the first so many examples; None is all of them.
+    format: Of the records, a key of `record_formats.FORMATS`.
   """
 
-  def _example(self, path: str, number: int, line: bytes) -> dict[str, Any] | None:
-    return pair_example(parse_json_line(path, number, line), f"{path}:{number}")
+  format: str = "pairs"
+
+  def __post_init__(self):
+    _check_format(self.format)
+
+  def _units(self, path: str) -> Iterator[tuple[int, bytes]]:
+    return read_lines(path)
+
+  def _record(self, path: str, number: int, unit: bytes) -> Any:
+    return parse_json(path, number, unit)
+
+  def _reader(self, path: str, skipped: SkipLog) -> record_formats.RecordFormat:
+    return record_formats.FORMATS[self.format](skipped)
+
+
+def _documents(record: Any, where: str) -> list[dict[str, Any]]:
+  return [text_example(check_object(record, where, _TEXT_LINE), where)]
+
+
+def _lines_of_text(record: str, where: str) -> list[dict[str, Any]]:
+  del where
+  return [{"text": record}] if record.strip() else []
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFileSource(_FileSource):
-  """Documents in files: one path, a glob, or several; plain or .gz.
+  """Documents in files: one path, a glob, or several; plain or compressed.
 
   A .jsonl file has an object with "text" a line; a .txt file a document a line, and
   its blank lines are none.
 
   Attributes:
-    path: The training file or files.
+    path: The training file or files, local or remote; see `files`.
     limit: Read only the first so many documents; None is all of them.
   """
 
@@ -320,28 +221,128 @@ class TextFileSource(_FileSource):
     """
     found = super().files()
     for path in found:
-      if not path.removesuffix(".gz").endswith((".jsonl", ".txt")):
+      if not files.plain_name(path).endswith((".jsonl", ".txt")):
         raise DataError(
           f"{path}: neither .jsonl ({_TEXT_LINE} a line) nor .txt (a document a line), "
-          "perhaps with .gz; rename or convert it"
+          f"perhaps with {', '.join(files.COMPRESSED)}; rename or convert it"
         )
     return found
 
-  def _example(self, path: str, number: int, line: bytes) -> dict[str, Any] | None:
-    where = f"{path}:{number}"
-    if path.removesuffix(".gz").endswith(".jsonl"):
-      return text_example(parse_json_line(path, number, line, _TEXT_LINE), where)
-    text = decode_line(path, number, line)
-    return {"text": text} if text.strip() else None
+  def _units(self, path: str) -> Iterator[tuple[int, bytes]]:
+    return read_lines(path)
+
+  def _record(self, path: str, number: int, unit: bytes) -> Any:
+    if files.plain_name(path).endswith(".jsonl"):
+      return parse_json(path, number, unit)
+    return decode_line(path, number, unit)
+
+  def _reader(self, path: str, skipped: SkipLog) -> record_formats.RecordFormat:
+    del skipped
+    is_jsonl = files.plain_name(path).endswith(".jsonl")
+    return record_formats.Each(_documents if is_jsonl else _lines_of_text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetSource(_FileSource):
+  """Pairs or documents in Parquet files: one path, a glob, or several.
+
+  Attributes:
+    path: The training file or files, local or remote; see `files`.
+    limit: Read only the first so many examples; None is all of them.
+    fields: Our field to the column, with dots into structures, such as {"query":
+      "question", "positive": "answer.text"}; {"text": "article"} for documents. None
+      takes the columns by their names.
+    format: Of the rows, a key of `record_formats.FORMATS`.
+  """
+
+  fields: Mapping[str, str] | None = None
+  format: str = "pairs"
+
+  _format = "Parquet"
+
+  def __post_init__(self):
+    _check_format(self.format)
+
+  @property
+  def content(self) -> str:  # type: ignore[override]
+    return "text" if set(self.fields or ()) == {"text"} else "pairs"
+
+  def _units(self, path: str) -> Iterator[tuple[int, Any]]:
+    return parquet.read_rows(path, self.fields)
+
+  def _record(self, path: str, number: int, unit: Any) -> Any:
+    if isinstance(unit, DataError):
+      raise unit
+    return unit
+
+  def _reader(self, path: str, skipped: SkipLog) -> record_formats.RecordFormat:
+    if self.content == "text":
+      return record_formats.Each(_documents)
+    return record_formats.FORMATS[self.format](skipped)
+
+
+@dataclasses.dataclass(frozen=True)
+class BeirSource:
+  """Queries with the documents judged relevant to them, in the layout of BEIR.
+
+  One example for each relevant document, in the order of the judgements; documents
+  judged irrelevant (grade 0 or less) are the negatives of their query.
+
+  Attributes:
+    path: The folder, local or remote, with corpus.jsonl and queries.jsonl (plain or
+      compressed) and qrels/SPLIT.tsv.
+    split: Of the judgements.
+    limit: Read only the first so many examples; None is all of them.
+  """
+
+  path: str
+  split: str = "train"
+  limit: int | None = None
+
+  content = "pairs"
+
+  def shards(self) -> tuple[Shard, ...]:
+    """One shard: corpus, queries and judgements.
+
+    Raises:
+      DataError: one of them is missing.
+    """
+    names = ("corpus.jsonl", "queries.jsonl")
+    found = [beir.collection_file(self.path, name) for name in names]
+    return ((*found, beir.qrels_file(self.path, self.split)),)
+
+  def fingerprint(self) -> str:
+    """Changes when a file is replaced or written to."""
+    stamps = [files.fingerprint(path) for path in self.shards()[0]]
+    return _fingerprint("beir", self.limit, stamps)
+
+  def read(
+    self, shard: Shard, on_bad_record: str, skipped: SkipLog
+  ) -> Iterator[dict[str, Any]]:
+    """Examples of the shard; see `beir.read_pairs` for the memory it takes.
+
+    Args:
+      shard: Of `shards`.
+      on_bad_record: "fail" or "skip".
+      skipped: Takes the records that are left out.
+
+    Raises:
+      DataError: the first bad record, unless `on_bad_record` is "skip"; a damaged
+        file.
+    """
+    corpus, queries, qrels = shard
+    found = beir.read_pairs(corpus, queries, qrels, on_bad_record, skipped)
+    yield from itertools.islice(found, self.limit)
 
 
 @dataclasses.dataclass(frozen=True)
 class BuiltinSource:
-  """A task of the corpus drawn from the installed Python standard library."""
+  """A task of the corpus drawn from the installed Python standard library.
+
+  Its shard is the split ("train",); ("validation",) can be read too.
+  """
 
   task: str
-
-  splits = ("train", "validation")
 
   def __post_init__(self):
     names = sorted([*builtin_corpus.TASKS, *builtin_corpus.TEXT_TASKS])
@@ -352,14 +353,19 @@ class BuiltinSource:
   def content(self) -> str:
     return "text" if self.task in builtin_corpus.TEXT_TASKS else "pairs"
 
+  def shards(self) -> tuple[Shard, ...]:
+    """One shard: the training split."""
+    return (("train",),)
+
   def fingerprint(self) -> str:
     return _fingerprint("builtin", self.task, builtin_corpus.fingerprint())
 
-  def examples(
-    self, split: str, on_bad_record: str, skipped: SkipLog
+  def read(
+    self, shard: Shard, on_bad_record: str, skipped: SkipLog
   ) -> Iterator[dict[str, Any]]:
-    """Examples of the split; the corpus holds no bad records."""
+    """Examples of a split; the corpus holds no bad records."""
     del on_bad_record, skipped
+    (split,) = shard
     if self.content == "text":
       yield from builtin_corpus.documents(self.task, split)
       return
@@ -372,7 +378,7 @@ class TfdsSource:
   """A TFDS dataset whose features are renamed to ours.
 
   Attributes:
-    name: TFDS name with version, such as "natural_questions_open:1.0.0".
+    name: TFDS name with version, such as "beir/msmarco:1.0.0".
     fields: Our feature name to the dataset's, such as {"query": "question"}; {"text":
       "article"} for documents.
     data_dir: TFDS data directory; None is TFDS's default.
@@ -384,11 +390,9 @@ class TfdsSource:
   data_dir: str | None = None
   split: str = "train"
 
-  splits = ("train",)
-
   @property
   def content(self) -> str:
-    return _content(self.fields)
+    return "text" if "text" in self.fields else "pairs"
 
   def fingerprint(self) -> str:
     return _fingerprint("tfds", self.name, dict(self.fields), self.data_dir, self.split)
@@ -399,32 +403,27 @@ class TfrecordSource:
   """tf.Example records; features are byte strings, `negatives` may repeat.
 
   Attributes:
-    pattern: File pattern, such as "/data/pairs-*.tfrecord".
+    pattern: File pattern, such as "/data/pairs-*.tfrecord"; files that end in .gz are
+      compressed by TensorFlow's GZIP.
     fields: Our feature name to the record's; {"text": "article"} for documents.
   """
 
   pattern: str
   fields: Mapping[str, str]
 
-  splits = ("train",)
-
   @property
   def content(self) -> str:
-    return _content(self.fields)
+    return "text" if "text" in self.fields else "pairs"
 
   def fingerprint(self) -> str:
-    files = sorted(glob.glob(self.pattern))
-    if not files:
+    found = files.match(self.pattern)
+    if not found:
       raise DataError(f"{self.pattern}: no such TFRecord file")
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for f in files]
-    return _fingerprint("tfrecord", stats, dict(self.fields))
+    stamps = [files.fingerprint(path) for path in found]
+    return _fingerprint("tfrecord", stamps, dict(self.fields))
 
 
-def _content(fields: Mapping[str, str]) -> str:
-  return "text" if "text" in fields else "pairs"
-
-
-PythonSource = JsonlSource | TextFileSource | BuiltinSource
+PythonSource = JsonlSource | TextFileSource | ParquetSource | BeirSource | BuiltinSource
 Source = PythonSource | TfdsSource | TfrecordSource
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from embgemma.data.beir import collection_file, qrels_file, qrels_row
 from embgemma.data.prompts import TaskPrompts
 from embgemma.data.sources import read_jsonl, read_lines, string_field
 from embgemma.errors import ConfigError, DataError, TrainingError
@@ -72,60 +73,15 @@ class RetrievalData:
     )
 
 
-def _plain_or_gz(folder: pathlib.Path, name: str) -> pathlib.Path:
-  for path in (folder / name, folder / f"{name}.gz"):
-    if path.is_file():
-      return path
-  raise DataError(
-    f"{folder}: no {name} or {name}.gz; a BEIR folder holds corpus.jsonl, "
-    "queries.jsonl and qrels/SPLIT.tsv or qrels.tsv"
-  )
-
-
-def _qrels_file(folder: pathlib.Path, split: str | None) -> pathlib.Path:
-  single, splits = folder / "qrels.tsv", sorted((folder / "qrels").glob("*.tsv"))
-  if split is not None:
-    splits = [path for path in splits if path.stem == split]
-  elif single.is_file():
-    splits = [single]
-  if len(splits) == 1:
-    return splits[0]
-  if splits:
-    names = ", ".join(path.stem for path in splits)
-    raise DataError(f"{folder / 'qrels'}: several splits ({names}); name one as split")
-  wanted = f"qrels/{split}.tsv" if split else "qrels.tsv and no qrels/*.tsv"
-  raise DataError(f"{folder}: no {wanted}; the judgements are needed to score")
-
-
-def _qrels_rows(path: pathlib.Path) -> Iterator[tuple[str, str, str, int]]:
-  layout = "query-id, corpus-id and an integer score, separated by tabs"
-  for number, line in read_lines(path):
-    where = f"{path}:{number}"
-    try:
-      columns = line.decode("utf-8").split("\t")
-    except UnicodeDecodeError as error:
-      raise DataError(
-        f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8"
-      ) from error
-    if len(columns) != 3:
-      raise DataError(f"{where}: {len(columns)} columns; a row is {layout}")
-    try:
-      grade = int(columns[2])
-    except ValueError:
-      if number == 1:
-        continue
-      raise DataError(f"{where}: score {columns[2]!r}; a row is {layout}") from None
-    if number == 1:
-      # BEIR's loader skips the first line whatever it says, and loses a judgement.
-      raise DataError(f"{where}: no header; add one: query-id<TAB>corpus-id<TAB>score")
-    yield where, columns[0], columns[1], grade
-
-
 def _read_qrels(
-  path: pathlib.Path, queries: Mapping[str, str], documents: set[str]
+  path: str, queries: Mapping[str, str], documents: set[str]
 ) -> dict[str, dict[str, int]]:
   qrels: dict[str, dict[str, int]] = {}
-  for where, query, document, grade in _qrels_rows(path):
+  for number, line in read_lines(path):
+    where, row = f"{path}:{number}", qrels_row(path, number, line)
+    if row is None:
+      continue
+    query, document, grade = row
     if query not in queries:
       raise DataError(f"{where}: query {query!r} is not in the queries file; add it")
     if document not in documents:
@@ -142,7 +98,7 @@ def _read_qrels(
   return judged
 
 
-def _records_by_id(path: pathlib.Path) -> Iterator[tuple[str, str, dict]]:
+def _records_by_id(path: str) -> Iterator[tuple[str, str, dict]]:
   seen: dict[str, int] = {}
   for number, record in read_jsonl(path):
     where = f"{path}:{number}"
@@ -175,9 +131,9 @@ def read_beir(folder: str | pathlib.Path, split: str | None = None) -> Retrieval
   folder = pathlib.Path(folder)
   if not folder.is_dir():
     raise DataError(f"{folder}: no such folder; give a folder in the BEIR layout")
-  corpus_file = _plain_or_gz(folder, "corpus.jsonl")
-  query_file = _plain_or_gz(folder, "queries.jsonl")
-  qrels_file = _qrels_file(folder, split)
+  corpus_file = collection_file(folder, "corpus.jsonl")
+  query_file = collection_file(folder, "queries.jsonl")
+  judgements = qrels_file(folder, split)
   ids, texts, titles = [], [], []
   for where, identifier, record in _records_by_id(corpus_file):
     ids.append(identifier)
@@ -189,7 +145,7 @@ def read_beir(folder: str | pathlib.Path, split: str | None = None) -> Retrieval
   for where, identifier, record in _records_by_id(query_file):
     queries[identifier] = string_field(record, "text", where)
     languages[identifier] = string_field(record, "language", where, default="")
-  qrels = _read_qrels(qrels_file, queries, set(ids))
+  qrels = _read_qrels(judgements, queries, set(ids))
   return RetrievalData(
     ids,
     texts,

@@ -4,10 +4,12 @@ import gzip
 import json
 import os
 import pathlib
+import pickle
 
 import pytest
 
 from embgemma.data import sources
+from embgemma.data.record_formats import FORMATS
 from embgemma.data.sources import JsonlSource, SkipLog, TextFileSource
 from embgemma.errors import ConfigError, DataError
 
@@ -15,7 +17,8 @@ _GOOD = b'{"query": "q", "positive": "p"}'
 
 
 def _examples(source, policy="fail", skipped=None):
-  return list(source.examples("train", policy, skipped or SkipLog()))
+  log = SkipLog() if skipped is None else skipped
+  return [e for shard in source.shards() for e in source.read(shard, policy, log)]
 
 
 @pytest.fixture
@@ -231,7 +234,8 @@ def test_builtin_source(monkeypatch):
 
   monkeypatch.setattr(sources.builtin_corpus, "examples", records)
   source = sources.BuiltinSource("stdlib_topics")
-  (example,) = source.examples("validation", "fail", SkipLog())
+  assert source.shards() == (("train",),)
+  (example,) = source.read(("validation",), "fail", SkipLog())
   assert (example["query"], example["positive"]) == ("stdlib_topics", "validation")
   with pytest.raises(ConfigError, match="unknown built-in task 'other'; there are"):
     sources.BuiltinSource("other")
@@ -244,7 +248,7 @@ def test_builtin_documents(monkeypatch):
   monkeypatch.setattr(sources.builtin_corpus, "documents", documents)
   source = sources.BuiltinSource("stdlib_modules")
   assert source.content == "text"
-  (example,) = source.examples("validation", "fail", SkipLog())
+  (example,) = source.read(("validation",), "fail", SkipLog())
   assert example == {"text": "stdlib_modules validation"}
 
 
@@ -319,3 +323,38 @@ def test_module_fingerprint(tmp_path, monkeypatch):
   for name in ("no_such_module", "no_such.module"):
     with pytest.raises(ConfigError, match=f"'{name}'.* cannot be found.*PYTHONPATH"):
       sources.module_fingerprint(name)
+
+
+def test_shards_are_files_and_one_with_a_limit(write, tmp_path):
+  for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl"):
+    write(_line(query=name), _line(query=f"{name} 2"), name=name)
+  pattern = str(tmp_path / "*.jsonl*")
+  source = JsonlSource(pattern)
+  shards = source.shards()
+  assert [len(shard) for shard in shards] == [1, 1, 1]
+  assert pickle.loads(pickle.dumps((source, shards))) == (source, shards)
+  each = [[e["query"] for e in source.read(s, "fail", SkipLog())] for s in shards]
+  assert each == [[n, f"{n} 2"] for n in ("a.jsonl", "b.jsonl.gz", "c.jsonl")]
+  assert JsonlSource(pattern, limit=3).shards() == (sum(shards, ()),)
+  for limit in (0, 1, 2, 3, 5, 6, 7):
+    found = _examples(JsonlSource(pattern, limit=limit))
+    assert [e["query"] for e in found] == [q for own in each for q in own][:limit]
+
+
+def test_reading_ends_at_the_limit(write):
+  path = write(_GOOD, _GOOD, b"bad")
+  assert len(_examples(JsonlSource(path, limit=2))) == 2
+  with pytest.raises(DataError, match=":3: malformed"):
+    _examples(JsonlSource(path, limit=3))
+
+
+def test_limit_counts_examples_of_a_record(write):
+  path = write(b'{"set": ["a", "b", "c", "d"]}', b"never read")
+  source = JsonlSource(path, limit=2, format="embedding_training_data")
+  assert [e["query"] for e in _examples(source)] == ["a", "b"]
+
+
+def test_fingerprint_follows_the_format(write):
+  path = write(_GOOD)
+  prints = {JsonlSource(path, format=name).fingerprint() for name in FORMATS}
+  assert len(prints) == len(FORMATS)
