@@ -1,63 +1,13 @@
 """BM25 on the same collections: what an embedder has to beat."""
 
-import functools
-import itertools
-import re
-import sys
-import unicodedata
-
 import numpy as np
 
+from embgemma.data.words import tokenize
 from embgemma.evaluation.retrieval import (
   RetrievalData,
   ranking_metrics,
   without_self_matches,
 )
-
-# Scripts written without spaces between words, and Hangul, whose words carry
-# particles: Thai, Lao, Myanmar, Hangul, Khmer, kana, Han. Lucene's CJKAnalyzer makes
-# bigrams of Han, kana and Hangul; for the others it needs dictionaries.
-_UNSPACED = (
-  "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005\u3007"
-  "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7ff"
-  "\uf900-\ufaff\U00020000-\U0003ffff"
-)
-# Soft hyphen and zero-width (non-)joiner stand inside words.
-_INVISIBLE = dict.fromkeys((0x00AD, 0x200C, 0x200D))
-
-
-@functools.cache
-def _patterns() -> tuple[re.Pattern, re.Pattern]:
-  # `\w` lacks combining marks, so it would cut Hindi or Tamil words at each vowel.
-  marks = "".join(
-    char
-    for char in map(chr, range(sys.maxunicode + 1))
-    if unicodedata.category(char).startswith("M")
-  )
-  unit = f"[{_UNSPACED}][{marks}]*"
-  word = f"(?:[^\\W_{_UNSPACED}]+[{marks}]*)+"
-  return re.compile(f"((?:{unit})+)|{word}"), re.compile(unit)
-
-
-def tokenize(text: str) -> list[str]:
-  """Returns the terms of a text in any language, in order, with repeats.
-
-  After NFKC and case folding a term is a run of letters, marks and digits; an
-  underscore separates. Text of scripts without spaces becomes overlapping pairs of
-  characters (each with its marks), as Lucene's CJKBigramFilter has it, and a lone
-  character stays. No stemming, no stop words: what they gain depends on the language.
-  """
-  text = unicodedata.normalize("NFKC", text).casefold().translate(_INVISIBLE)
-  either, unit = _patterns()
-  terms = []
-  for match in either.finditer(text):
-    if match[1] is None:
-      terms.append(match[0])
-      continue
-    units = unit.findall(match[1])
-    pairs = [a + b for a, b in itertools.pairwise(units)]
-    terms.extend(pairs or units)
-  return terms
 
 
 def bm25_search(
