@@ -17,11 +17,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from embgemma import gin_config
-from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data.cache import CachedTask
 from embgemma.data.reader import StepSource
 from embgemma.data.records import Example
+from embgemma.data.schedule import RecordSchedule
+from embgemma.data.task_writer import write_examples
 from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import on_platform
@@ -46,7 +49,7 @@ def make_task(directory: pathlib.Path, examples: int) -> CachedTask:
 
   limits = (25, 257, 257)
   statistics = write_examples(directory, (example() for _ in range(examples)), limits)
-  return CachedTask("random", 1.0, directory, statistics)
+  return CachedTask("random", 1.0, epath.Path(directory), statistics)
 
 
 class Case:
@@ -60,9 +63,8 @@ class Case:
     init, abstract = abstract_state(
       learner, optimizer, 1000, False, Partitioner(data=1), mesh
     )
-    source = StepSource(
-      [task], batch, 0, 1, config.transformer.vocab_size, microbatch_tokens=tokens
-    )
+    schedule = RecordSchedule([task], batch, 0, config.transformer.vocab_size)
+    source = StepSource(schedule, microbatch_tokens=tokens)
     packed = source.batch(0).arrays
     self.shapes = packed.group_shapes(1)
     self.pairs = partitioning.place_batch(packed, learner.batch_specs, mesh)

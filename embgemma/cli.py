@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
 import time
@@ -31,17 +32,37 @@ def _configure(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   )
 
 
-def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+def _data(options: argparse.Namespace, bindings: Sequence[str]) -> Any:
+  """What a stage trains on; of the rest of its configuration nothing is needed."""
   from embgemma import gin_config
-  from embgemma.data import cache
 
   _configure(options, bindings)
-  data = gin_config.train_arguments(allowed=("MODEL_DIR",))["data"]
+  allowed = ("MODEL_DIR", "TRAIN_STEPS", "BATCH_SIZE")
+  gin_config.set_missing(TRAIN_STEPS=1, BATCH_SIZE=1)
+  return gin_config.train_arguments(allowed=allowed)["data"]
+
+
+def _executor(options: argparse.Namespace) -> Any:
+  """Where the shards of a cache are read."""
+  from embgemma.data import executors
+
+  if options.pipeline_options is not None:
+    return executors.BeamPipeline(tuple(shlex.split(options.pipeline_options)))
+  return executors.ProcessPool(options.workers)
+
+
+def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from embgemma.data import cache_builder
+
+  data = _data(options, bindings)
+  executor = _executor(options)
   # TensorFlow has nothing to do on a GPU, and would take its memory.
   os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
   try:
     with process.own_stderr() as stderr:
-      cache.build(data, lambda line: print(line, file=stderr, flush=True))
+      cache_builder.build(
+        data, lambda line: print(line, file=stderr, flush=True), executor
+      )
   except (OSError, RuntimeError) as error:
     # ArrayRecord gives what the system said in a RuntimeError.
     if isinstance(error, RuntimeError) and "write() failed" not in str(error):

@@ -57,7 +57,19 @@ def parser() -> argparse.ArgumentParser:
   train = command("train", "train one stage; resumes if MODEL_DIR has checkpoints")
   _add_gin_flags(train)
   _add_process_flags(train)
-  _add_gin_flags(command("cache", "tokenise the tasks of a stage once"))
+  cached = command(
+    "cache", "tokenise the tasks of a stage once; goes on where it ended"
+  )
+  _add_gin_flags(cached)
+  where = cached.add_mutually_exclusive_group()
+  where.add_argument(
+    "--workers", type=int, default=1, help="processes of this machine (default: 1)"
+  )
+  where.add_argument(
+    "--pipeline_options",
+    help="run as an Apache Beam pipeline (needs embgemma[beam]) with these options, "
+    "such as '--runner=DataflowRunner --region=us-central1'; '' is Beam's local runner",
+  )
   _add_gin_flags(command("explain", "show the resolved run before any compute"))
 
   precompile = command("precompile", "compile a stage's step for devices not at hand")

@@ -28,7 +28,15 @@ _MACRO = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 def register() -> None:
   """Makes the configurable names known to gin, once."""
   from embgemma import checkpoints
-  from embgemma.data import denoisers, sources, tasks
+  from embgemma.data import (
+    decontamination,
+    denoisers,
+    duplicates,
+    filters,
+    public_sets,
+    sources,
+    tasks,
+  )
   from embgemma.losses import denoising, objective
   from embgemma.models import config
   from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
@@ -47,13 +55,19 @@ def register() -> None:
     (
       sources,
       (
+        "BeirSource",
         "BuiltinSource",
         "JsonlSource",
+        "ParquetSource",
         "TextFileSource",
         "TfdsSource",
         "TfrecordSource",
       ),
     ),
+    (public_sets, ("public_tasks", "public_tfds_tasks")),
+    (filters, ("LengthFilter", "LanguageFilter")),
+    (duplicates, ("ExactDuplicates", "NearDuplicates")),
+    (decontamination, ("Decontamination",)),
     (
       tasks,
       (

@@ -206,7 +206,7 @@ class Ours:
   ) -> dict[str, Any]:
     """Batches a second of the input pipeline alone: a cache of JSONL pairs, packed."""
     # Where the input pipeline runs, grain is; a cache is built with seqio.
-    from embgemma.data import cache, reader, tasks
+    from embgemma.data import cache, cache_builder, reader, schedule, tasks
 
     length = self._spec["max_tokens"]
     negatives = len(self._batches[0].columns) - 2
@@ -218,15 +218,10 @@ class Ours:
       max_negatives=negatives,
       cache_dir=str(self._folder / "cache"),
     )
-    manifest = cache.manifest(config) or cache.build(config, print)
-    source = reader.StepSource(
-      manifest.tasks,
-      batch,
-      0,
-      1,
-      self._config.transformer.vocab_size,
-      microbatch_tokens=microbatch_tokens,
-    )
+    manifest = cache.manifest(config) or cache_builder.build(config, print)
+    vocab_size = self._config.transformer.vocab_size
+    drawn = schedule.RecordSchedule(manifest.tasks, batch, 0, vocab_size, True)
+    source = reader.StepSource(drawn, microbatch_tokens=microbatch_tokens)
     batches = reader.read_batches(source, 0, num_threads=_THREADS, num_workers=0)
     next(batches)
     start, steps, real, slots = time.perf_counter(), 0, 0, 0

@@ -1,42 +1,37 @@
-"""The cache: each task tokenised once into ArrayRecord.
+"""The cache: each task tokenised once into ArrayRecord, and reading it.
 
-A task's directory holds `examples-SSSSS.array_record`, `lengths.npy` and `index.json`,
-and appears under its name only when complete. An example is a pair with its negatives,
-or a segment of a document. `lengths.npy` holds the lengths of every example's texts, 0
-where there is none: batches are planned from it without reading texts. `manifest` and
-reading need no TensorFlow; `build` does.
+A task's directory holds `examples-SSSSS-PPPPP.array_record` (source shard, part of it),
+`lengths.npy`, `hashes.npy` and, once it is complete, `index.json`. An example is a pair
+with its negatives, or a segment of a document. `lengths.npy` holds the lengths of every
+example's texts, 0 where there is none, and `hashes.npy` their content hashes: batches
+are planned from them without reading texts. Reading needs no TensorFlow;
+`cache_builder` writes, and may.
 """
 
-import collections
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
-from array_record.python import array_record_module
+from etils import epath
 
-from embgemma.data import tokenization
-from embgemma.data.records import Example, encode_example
+from embgemma import outputs
+from embgemma.data import cleaning
+from embgemma.data.mixture import mixture_rates
+from embgemma.data.sources import SkipLog
+from embgemma.data.task_examples import TaskExamples
 from embgemma.data.tasks import (
   CACHE_FORMAT,
   CachedData,
   DataConfig,
-  TextDataConfig,
+  default_cache_dir,
   digest,
 )
-from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
-from embgemma.errors import DataError
-
-_SHARD_EXAMPLES = 1 << 18
-_STATISTICS = ("examples", "tokens", "max_text_tokens", "max_token_id")
-_PAIR_STATISTICS = ("max_negatives", "truncated")
+from embgemma.errors import ConfigError, DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +42,15 @@ class CachedTask:
     name: The task's.
     rate: Its weight in the mixture.
     directory: Where its files lie.
-    statistics: What `index.json` says: examples, tokens, max_token_id,
-      max_text_tokens, skipped; of pairs max_negatives and truncated; of documents
-      documents, and short: those of fewer tokens than a segment has at least.
+    statistics: What `index.json` says: see `cache_builder.STATISTICS`.
+    symmetric: Whether query and positive may change places.
   """
 
   name: str
   rate: float
-  directory: pathlib.Path
+  directory: epath.Path | pathlib.Path
   statistics: dict[str, Any]
+  symmetric: bool = False
 
   @property
   def paths(self) -> list[str]:
@@ -72,15 +67,27 @@ class CachedTask:
     Raises:
       DataError: they are missing, or not those of the examples.
     """
-    path = self.directory / "lengths.npy"
+    return self._table("lengths.npy")
+
+  def hashes(self) -> np.ndarray:
+    """Content hashes of each example's texts, uint64 [examples, texts], likewise.
+
+    Of texts without prompts, positives after their titles; 0 where there is none.
+
+    Raises:
+      DataError: see `lengths`.
+    """
+    return self._table("hashes.npy")
+
+  def _table(self, name: str) -> np.ndarray:
     expected = (self.statistics["examples"], self.texts)
     try:
-      lengths = np.load(path, mmap_mode="r")
+      table = np.load(local_copy(epath.Path(self.directory) / name), mmap_mode="r")
     except (OSError, ValueError) as error:
-      raise DataError(f"{path.name} cannot be read ({error})") from error
-    if lengths.shape != expected:
-      raise DataError(f"{path.name} is {lengths.shape}, its examples are {expected}")
-    return lengths
+      raise DataError(f"{name} cannot be read ({error})") from error
+    if table.shape != expected:
+      raise DataError(f"{name} is {table.shape}, its examples are {expected}")
+    return table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,274 +98,137 @@ class Manifest:
   vocabulary: pathlib.Path
 
 
-def _read_index(directory: pathlib.Path) -> dict[str, Any] | None:
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether a path is on no file system of this machine, such as gs://bucket/cache."""
+  return "://" in os.fspath(path)
+
+
+def local_copy(path: epath.Path) -> pathlib.Path:
+  """The file itself, or a copy of a remote one that can be memory-mapped.
+
+  Copies lie in the user's cache directory under their remote names; nothing in a cache
+  changes once it is complete.
+  """
+  if not is_remote(path):
+    return pathlib.Path(path)
+  mirror = pathlib.Path(default_cache_dir(), "remote", *str(path).split("://", 1))
+  if not mirror.exists():
+    with outputs.new_path(mirror) as made:
+      path.copy(made, overwrite=True)
+  return mirror
+
+
+def read_index(directory: epath.Path) -> dict[str, Any] | None:
   """The index of a complete task cache; None if there is none.
 
   Raises:
     DataError: the cache is there but damaged.
   """
-  if not directory.is_dir():
+  path = directory / "index.json"
+  if not path.exists():
     return None
   try:
-    index = json.loads((directory / "index.json").read_text())
+    index = json.loads(path.read_text())
     files, _ = index["files"], index["statistics"]
-    sizes = {name: (directory / name).stat().st_size for name in files}
   except (ValueError, KeyError, TypeError, OSError) as error:
     raise DataError(
       f"{directory}: damaged cache ({error}); delete the directory to rebuild it"
     ) from error
-  for name, size in files.items():
-    if sizes[name] != size:
-      raise DataError(
-        f"{directory / name}: {sizes[name]} bytes where the index says {size}; "
-        "delete the directory to rebuild it"
-      )
+  if damaged := damaged_files(directory, files):
+    raise DataError(
+      f"{directory / damaged[0]}: missing, or not of the {files[damaged[0]]} bytes "
+      "that the index says; `embgemma cache` with the same flags writes it again"
+    )
   return index
 
 
+def damaged_files(directory: epath.Path, files: dict[str, int]) -> list[str]:
+  """Names of those that are missing or of another size."""
+  sizes = {}
+  for name in files:
+    with contextlib.suppress(OSError):
+      sizes[name] = (directory / name).stat().length
+  return [name for name, size in files.items() if sizes.get(name) != size]
+
+
 def manifest(config: CachedData) -> Manifest | None:
-  """The complete caches of a configuration; None if `build` must run first.
+  """The complete caches of a configuration; None if they must be built first.
 
   Raises:
     DataError: a cache is damaged.
+    ConfigError: RATES is none.
   """
   path = config.manifest_path()
-  if not path.is_file():
+  if not path.exists():
     return None
   try:
     entries = json.loads(path.read_text())["tasks"]
-    listed = [(task["name"], task["rate"], task["directory"]) for task in entries]
+    listed = [
+      (entry["name"], entry["rate"], entry["symmetric"], entry["directory"])
+      for entry in entries
+    ]
   except (ValueError, KeyError, TypeError, OSError) as error:
     raise DataError(f"{path}: damaged ({error}); delete it to rebuild it") from error
   tasks = []
-  for name, rate, relative in listed:
+  for name, rate, symmetric, relative in listed:
     directory = config.cache_root / relative
-    index = _read_index(directory)
+    index = read_index(directory)
     if index is None:
       return None
-    tasks.append(CachedTask(name, rate, directory, index["statistics"]))
-  return Manifest(tuple(tasks), config.vocabulary_path())
+    tasks.append(CachedTask(name, rate, directory, index["statistics"], symmetric))
+  rates = mixture_rates(tasks, config.rates)
+  rated = (
+    dataclasses.replace(task, rate=rate)
+    for task, rate in zip(tasks, rates, strict=True)
+  )
+  return Manifest(tuple(rated), local_copy(config.vocabulary_path()))
 
 
-@contextlib.contextmanager
-def _finished_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A directory that becomes `target` when the block ends, and vanishes if it fails."""
-  target.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=target.parent))
-  try:
-    yield work
-    try:
-      os.rename(work, target)
-    except OSError:
-      # Another process finished the same content first: its result serves.
-      if not target.is_dir():
-        raise
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def write_examples(
-  directory: pathlib.Path, examples: Iterable[Example], limits: Sequence[int] | None
-) -> dict[str, Any]:
-  """Writes a task's shards and lengths; returns the statistics.
-
-  Args:
-    directory: Of the task.
-    examples: In order.
-    limits: Tokens at which queries, positives and negatives are cut; None of segments.
-  """
-  names = _STATISTICS if limits is None else (*_STATISTICS, *_PAIR_STATISTICS)
-  statistics = dict.fromkeys(names, 0)
-  examples = iter(examples)
-  lengths: list[np.ndarray] = []
-  while (first := next(examples, None)) is not None:
-    part = itertools.islice(examples, _SHARD_EXAMPLES - 1)
-    path = str(directory / f"examples-{len(lengths):05d}.array_record")
-    own = []
-    # group_size 1: every example can be read alone.
-    writer = array_record_module.ArrayRecordWriter(path, "group_size:1")
-    with contextlib.closing(writer):
-      for example in itertools.chain([first], part):
-        writer.write(encode_example(example))
-        own.append([len(tokens) for tokens in example.tokens])
-        _count(statistics, example, limits)
-    lengths.append(_table(own))
-  _write_lengths(directory / "lengths.npy", lengths, statistics)
-  return statistics
-
-
-def _table(rows: Sequence[Sequence[int]]) -> np.ndarray:
-  """Rows of unequal length as an array, filled up with zeros."""
-  return np.array(list(itertools.zip_longest(*rows, fillvalue=0)), np.uint32).T
-
-
-def _write_lengths(
-  path: pathlib.Path, tables: Sequence[np.ndarray], statistics: dict[str, int]
-) -> None:
-  shape = (statistics["examples"], 2 + statistics.get("max_negatives", -1))
-  small = statistics["max_text_tokens"] < 2**16
-  out = np.zeros(shape, np.uint16 if small else np.uint32)
-  start = 0
-  for table in tables:
-    out[start : start + len(table), : table.shape[1]] = table
-    start += len(table)
-  np.save(path, out)
-
-
-def _count(
-  statistics: dict[str, int], example: Example, limits: Sequence[int] | None
-) -> None:
-  lengths = [len(tokens) for tokens in example.tokens]
-  statistics["examples"] += 1
-  statistics["tokens"] += sum(lengths)
-  largest = {
-    "max_text_tokens": max(lengths),
-    "max_token_id": max(int(tokens.max()) for tokens in example.tokens),
-  }
-  if limits is not None:
-    largest["max_negatives"] = len(lengths) - 2
-    # A text of exactly its limit counts as cut: no text is encoded twice to know.
-    statistics["truncated"] += sum(
-      length == limits[min(role, 2)] for role, length in enumerate(lengths)
-    )
-  for name, value in largest.items():
-    statistics[name] = max(statistics[name], value)
-
-
-def _write_records(
-  directory: pathlib.Path,
-  examples: Iterator[dict[str, Any]],
-  kind: str | None,
-  vocabulary: SentencePieceVocabulary,
-  config: CachedData,
-) -> dict[str, Any]:
-  """Writes what examples of the configuration's kind give; returns the statistics."""
-  if isinstance(config, TextDataConfig):
-    counts = collections.Counter(documents=0, short=0)
-    segments = tokenization.segments(examples, vocabulary, config.longest, counts)
-    return write_examples(directory, segments, None) | counts
-  assert isinstance(config, DataConfig)
-  limits = [config.lengths[feature] for feature in config.features]
-  pairs = tokenization.pairs(examples, kind, vocabulary, config)
-  return write_examples(directory, pairs, limits)
-
-
-def build(config: CachedData, log: Callable[[str], None]) -> Manifest:
-  """Builds what is missing of the configuration's caches.
-
-  Args:
-    config: The mixture.
-    log: Takes lines of progress.
+def cleaning_directory(config: CachedData, task: str) -> pathlib.Path:
+  """What the cleaners of a configuration decided of a task.
 
   Raises:
-    DataError: a bad record, an empty task or an unreadable source. Caches of
-      finished tasks stay; nothing unfinished is left.
-    ConfigError: a mixture, module or prompt that does not exist.
+    ConfigError: the cache is remote.
   """
-  config.manifest_path()  # Refuses files and modules that are not there, at once.
-  # Tens of seconds and a gigabyte: paid here, in the process that caches.
-  from embgemma.data import seqio_registry
-
-  rated = seqio_registry.register(config)
-  kinds = {task.name: task.kind for task in config.tasks}
-  _ensure_vocabulary(config, rated, kinds, log)
-  vocabulary = SentencePieceVocabulary(config.vocabulary_path())
-  fingerprints = {task.name: task.fingerprint() for task in config.tasks}
-  entries = []
-  for task, rate in rated:
-    key = digest(
-      [
-        CACHE_FORMAT,
-        fingerprints.get(task.name, [task.name, config.corpus_fingerprint()]),
-        *config.record_key(),
-        config.on_bad_record,
-        vocabulary.fingerprint,
-      ]
+  if is_remote(config.cache_root):
+    raise ConfigError(
+      f"CLEANING keeps files in CACHE_DIR that are written bit by bit, which "
+      f"{config.cache_root} cannot be; mount it, or give a shared file system"
     )
-    relative = pathlib.Path("tasks", f"{task.name}-{key}")
-    if _read_index(config.cache_root / relative) is None:
-      _build_task(task, kinds.get(task.name), vocabulary, config, relative, log)
-    entries.append({"name": task.name, "rate": rate, "directory": str(relative)})
-  path = config.manifest_path()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-  unfinished.write_text(json.dumps({"tasks": entries}, indent=1))
-  os.replace(unfinished, path)
-  built = manifest(config)
-  assert built is not None
-  return built
+  key = digest([CACHE_FORMAT, config.task_fingerprint(task)])
+  return pathlib.Path(config.cache_root, "cleaned", f"{task}-{key}")
 
 
-def _build_task(
-  task: Any,
-  kind: str | None,
-  vocabulary: SentencePieceVocabulary,
-  config: CachedData,
-  relative: pathlib.Path,
-  log: Callable[[str], None],
-) -> None:
-  """Builds the cache of one seqio task.
+def kept(
+  config: CachedData, task: TaskExamples, shard: int, skipped: SkipLog
+) -> Generator[tuple[int, dict[str, Any]], None, None]:
+  """Examples of a shard that cleaning leaves, each with its place in the shard.
 
   Raises:
-    DataError: see `build`.
+    DataError: see `TaskExamples.examples`.
   """
-  from embgemma.data import seqio_registry
-
-  examples = seqio_registry.examples(task, "train", config.content)
-  with (
-    _finished_directory(config.cache_root / relative) as work,
-    contextlib.closing(examples),  # and TensorFlow's iterator: see there
-  ):
-    statistics = _write_records(work, examples, kind, vocabulary, config)
-    if not statistics["examples"]:
-      raise DataError(f"task {task.name!r} has no examples")
-    skips = seqio_registry.skipped(task)
-    statistics["skipped"] = skips.count
-    files = {p.name: p.stat().st_size for p in work.iterdir()}
-    index = {
-      "format": CACHE_FORMAT,
-      "task": task.name,
-      "files": files,
-      "statistics": statistics,
-      "skipped": skips.listed,
-    }
-    (work / "index.json").write_text(json.dumps(index, indent=1))
-  line = (
-    f"cached {task.name}: {statistics['examples']:,} examples, "
-    f"{statistics['tokens']:,} tokens"
-  )
-  if "documents" in statistics:
-    line += f", of {statistics['documents']:,} documents"
-  log(line)
-  if skips.count:
-    log(f"skipped {skips.count} bad records of {task.name}:")
-    for listed in skips.listed:
-      log(f"  {listed}")
+  dropped: frozenset[int] = frozenset()
+  if config.cleaning:
+    decisions = cleaning_directory(config, task.name)
+    dropped = frozenset(cleaning.dropped(decisions, shard).tolist())
+  with contextlib.closing(task.examples(shard, skipped)) as examples:
+    for index, example in enumerate(examples):
+      if index not in dropped:
+        yield index, example
 
 
-def _ensure_vocabulary(
-  config: CachedData,
-  rated: list[tuple[Any, float]],
-  kinds: dict[str, str | None],
-  log: Callable[[str], None],
-) -> None:
-  """Trains the mixture's own vocabulary unless it has one."""
-  path = config.vocabulary_path()
-  if path.is_file():
-    return
-  from embgemma.data import seqio_registry
+def kept_examples(config: DataConfig, task: TaskExamples) -> Iterator[dict[str, Any]]:
+  """The texts of a task's cached examples, in the order of its records.
 
-  def texts() -> Iterator[str]:
-    for task, _ in rated:
-      for example in seqio_registry.examples(task, "train", config.content):
-        if config.content == "text":
-          yield example["text"]
-        else:
-          yield from tokenization.pair_texts(example, kinds.get(task.name))[0]
+  Args:
+    config: Of a complete cache.
+    task: Of the configuration.
 
-  assert config.vocabulary_size is not None  # or the file would be there
-  log(f"training a vocabulary of {config.vocabulary_size:,} pieces")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  train_vocabulary(
-    texts(), config.vocabulary_size, path, sentinels=config.sentinels_trained
-  )
+  Raises:
+    DataError: see `TaskExamples.examples`.
+  """
+  skipped = SkipLog()
+  for shard in range(task.num_shards):
+    for _, example in kept(config, task, shard, skipped):
+      listed = {key for key in ("negatives", "negative_titles") if key in example}
+      yield example | {key: example[key][: config.max_negatives] for key in listed}

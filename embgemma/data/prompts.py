@@ -49,35 +49,43 @@ PROMPTS: Mapping[str, str] = types.MappingProxyType(
 )
 """Every prompt by name: what checkpoints carry."""
 
-_TITLED = frozenset({"document", "Retrieval-document"})
+_NO_TITLE = "title: none"
 
 
-def prompt(name: str) -> str:
+def prompt(name: str, table: Mapping[str, str] = PROMPTS) -> str:
   """Returns the string that goes in front of a text, its last space included.
 
   The model saw prompt and text tokenised as one string: join them before
   encoding, never afterwards.
 
   Raises:
-    ConfigError: no prompt has this name.
+    ConfigError: the table has no prompt of this name.
   """
   try:
-    return PROMPTS[name]
+    return table[name]
   except KeyError:
-    names = ", ".join(sorted(PROMPTS))
+    names = ", ".join(sorted(table))
     raise ConfigError(
       f"prompt {name!r} does not exist; the names (case matters) are: {names}"
     ) from None
 
 
-def document(text: str, title: str | None = None) -> str:
-  """Returns a passage in the document template, "none" where it has no title."""
-  return f"title: {title or 'none'} | text: {text}"
+def document(text: str, title: str | None = None, template: str = _DOCUMENT) -> str:
+  """Returns a passage in the document template, "none" where it has no title.
+
+  A template without "title: none" has no place for a title, which then becomes the
+  first words of the text.
+  """
+  if not title:
+    return template + text
+  if _NO_TITLE in template:
+    return template.replace(_NO_TITLE, f"title: {title}", 1) + text
+  return f"{template}{title} {text}"
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskPrompts:
-  """The names of the prompts on both sides of a task.
+  """The names of the prompts on both sides of a task, and the table they are of.
 
   Raises:
     ConfigError: a name is not in the table.
@@ -85,24 +93,32 @@ class TaskPrompts:
 
   query: str = "query"
   document: str = "document"
+  table: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: PROMPTS, repr=False, hash=False
+  )
 
   def __post_init__(self) -> None:
-    prompt(self.query)
-    prompt(self.document)
+    for name in (self.query, self.document):
+      prompt(name, self.table)
+
+  @property
+  def texts(self) -> tuple[str, str]:
+    """The prompts themselves."""
+    return prompt(self.query, self.table), prompt(self.document, self.table)
+
+  @property
+  def symmetric(self) -> bool:
+    """Whether both sides have the same prompt."""
+    query, passage = self.texts
+    return query == passage
 
   def format_query(self, text: str) -> str:
     """Returns the query side's prompt followed by the text."""
-    return prompt(self.query) + text
+    return self.texts[0] + text
 
   def format_document(self, text: str, title: str | None = None) -> str:
-    """Returns the text with the document side's prompt.
-
-    Only the document template has a place for a title; with any other prompt the
-    title becomes the first words of the text.
-    """
-    if self.document in _TITLED:
-      return document(text, title)
-    return prompt(self.document) + (f"{title} {text}" if title else text)
+    """Returns the text with the document side's prompt."""
+    return document(text, title, self.texts[1])
 
 
 TASK_PROMPTS: Mapping[str, TaskPrompts] = types.MappingProxyType(
@@ -121,3 +137,37 @@ TASK_PROMPTS: Mapping[str, TaskPrompts] = types.MappingProxyType(
 )
 """Prompts by the `task` of a JSONL record. Where MTEB evaluates with one prompt for
 the task type on both sides (reranking too), training does the same."""
+
+
+def task_prompts(kind: str, table: Mapping[str, str] = PROMPTS) -> TaskPrompts:
+  """The prompts of a kind of task, from a table.
+
+  Args:
+    kind: A key of `TASK_PROMPTS`, or the names of two prompts: "QUERY/DOCUMENT".
+    table: Prompts by name.
+
+  Raises:
+    ConfigError: there is no such kind, or the table lacks a prompt.
+  """
+  if kind in TASK_PROMPTS:
+    names = TASK_PROMPTS[kind]
+    return TaskPrompts(names.query, names.document, table)
+  query, separator, passage = kind.partition("/")
+  if not separator:
+    raise ConfigError(
+      f"unknown kind {kind!r}; there are {sorted(TASK_PROMPTS)}, and 'A/B' is prompt A "
+      "for queries and prompt B for documents"
+    )
+  return TaskPrompts(query, passage, table)
+
+
+def with_changes(changes: Mapping[str, str]) -> Mapping[str, str]:
+  """`PROMPTS` with some replaced and others added.
+
+  Raises:
+    ConfigError: a name is empty, or has a "/", which separates two names.
+  """
+  for name in changes:
+    if not name or "/" in name:
+      raise ConfigError(f"PROMPTS: {name!r} is no name of a prompt; use letters")
+  return types.MappingProxyType({**PROMPTS, **changes})

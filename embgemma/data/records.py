@@ -19,12 +19,16 @@ class Example:
 
   Attributes:
     tokens: int32 token ids of each text.
-    hashes: uint64 [T], content hashes of the texts without prompts; of a segment's
+    hashes: uint64 [T], identities of the texts: content hashes without prompts, or of
+      what makes two texts the same to the loss, such as a label; of a segment, of its
       whole document.
+    contents: uint64 [T], content hashes of the texts themselves; None is `hashes`.
+      Kept beside the records, not in them.
   """
 
   tokens: tuple[np.ndarray, ...]
   hashes: np.ndarray
+  contents: np.ndarray | None = None
 
 
 def content_hash(text: str) -> int:

@@ -1,7 +1,8 @@
-"""Tasks and mixtures in seqio. Imports TensorFlow: only cache building comes here.
+"""Tasks and mixtures in seqio. Imports TensorFlow: only tasks that need it come here.
 
 A task of pairs, ours or a user's, yields these features, all tf.string and without
-prompts: `query` and `positive` (rank 0), and, where it has them, `negatives` (rank 1),
+prompts: `query` and `positive` (rank 0), and, where it has them, `negatives` and as
+many `negative_titles` (rank 1),
 `title`, `task` (the kind that picks the prompts) and `label` (rank 0; examples of
 one label are no negatives of each other). A task of documents yields `text` (rank 0),
 with TEXT_FEATURES. Register one in a module named in MODULES:
@@ -11,6 +12,8 @@ with TEXT_FEATURES. Register one in a module named in MODULES:
       output_features=embgemma.data.seqio_registry.OUTPUT_FEATURES)
 """
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 from collections.abc import Generator, Iterator, Mapping
@@ -41,6 +44,7 @@ OUTPUT_FEATURES = {
     ("query", True, 0),
     ("positive", True, 0),
     ("negatives", False, 1),
+    ("negative_titles", False, 1),
     ("title", False, 0),
     ("task", False, 0),
     ("label", False, 0),
@@ -55,28 +59,23 @@ class PythonDataSource(seqio.DataSource):
   """A seqio source over one of our pure-Python sources."""
 
   def __init__(self, source: sources.PythonSource, policy: str):
-    self._source = source
-    self._policy = policy
-    self.skipped = sources.SkipLog()
-    self.error: DataError | None = None
-    super().__init__(splits=source.splits)
+    self.source = source
+    self.policy = policy
+    super().__init__(splits=("train",))
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
     return False
 
   def list_shards(self, split: str) -> list[str]:
-    return [split]
+    del split
+    return [" ".join(shard) for shard in self.source.shards()]
 
-  def _examples(self, split: str) -> Iterator[dict[str, Any]]:
-    # A source is read once for its vocabulary and once for its cache.
-    self.skipped, self.error = sources.SkipLog(), None
-    try:
-      yield from self._source.examples(split, self._policy, self.skipped)
-    except DataError as error:
-      # tf.data buries an exception in a stack of its own: keep the message.
-      self.error = error
-      raise
+  def _examples(self, index: int, count: int) -> Iterator[dict[str, Any]]:
+    absent = {"negative_titles": []} if self.source.content == "pairs" else {}
+    for shard in self.source.shards()[index::count]:
+      for example in self.source.read(shard, self.policy, sources.SkipLog()):
+        yield absent | example
 
   def get_dataset(
     self,
@@ -87,14 +86,13 @@ class PythonDataSource(seqio.DataSource):
     **unused: Any,
   ) -> tf.data.Dataset:
     """Examples in the source's order; `shuffle` is left to the cache's reader."""
-    del shuffle, seed, unused
-    if shard_info is not None and shard_info.num_shards > 1:
-      raise ConfigError(f"{self._source} cannot be split into shards")
+    del split, shuffle, seed, unused
+    index, count = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
     return tf.data.Dataset.from_generator(
-      functools.partial(self._examples, split),
+      functools.partial(self._examples, index, count),
       output_signature={
         name: tf.TensorSpec([None] * feature.rank, feature.dtype)
-        for name, feature in _FEATURES[self._source.content].items()
+        for name, feature in _FEATURES[self.source.content].items()
       },
     )
 
@@ -131,9 +129,16 @@ def _data_source(task: Task, policy: str) -> seqio.DataSource:
       for ours, theirs in source.fields.items()
     }
     return seqio.TFExampleDataSource(
-      split_to_filepattern={"train": source.pattern}, feature_description=features
+      split_to_filepattern={"train": source.pattern},
+      feature_description=features,
+      reader_cls=_read_tfrecords,
     )
   return PythonDataSource(source, policy)
+
+
+def _read_tfrecords(path: tf.Tensor) -> tf.data.Dataset:
+  zipped = tf.strings.regex_full_match(path, r".*\.gz")
+  return tf.data.TFRecordDataset(path, compression_type=tf.where(zipped, "GZIP", ""))
 
 
 def _densify(dataset: tf.data.Dataset) -> tf.data.Dataset:
@@ -146,12 +151,48 @@ def _densify(dataset: tf.data.Dataset) -> tf.data.Dataset:
   return dataset.map(dense, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def register(config: CachedData) -> list[tuple[seqio.Task, float]]:
-  """Registers what the configuration declares; the run's tasks with their rates.
+@dataclasses.dataclass(frozen=True)
+class SeqioTask:
+  """A task of seqio's registry; see `task_examples.TaskExamples`.
+
+  Another process registers it again from the configuration.
+  """
+
+  config: CachedData
+  name: str
+  kind: str | None
+  rate: float
+  symmetric: bool
+  unique_ids: bool
+  num_shards: int
+
+  def examples(
+    self, shard: int, skipped: sources.SkipLog
+  ) -> Generator[dict[str, Any], None, None]:
+    task = self._task()
+    if isinstance(task.source, PythonDataSource):
+      source = task.source.source  # no detour through tensors
+      yield from source.read(source.shards()[shard], task.source.policy, skipped)
+      return
+    info = seqio.ShardInfo(index=shard, num_shards=self.num_shards)
+    # Closed with this generator: an iterator of TensorFlow that is alive when Python
+    # ends has threads that may wait for Python forever.
+    with contextlib.closing(_examples(task, info, self.config.content)) as found:
+      yield from found
+
+  def _task(self) -> seqio.Task:
+    if self.name not in seqio.TaskRegistry.names():
+      register(self.config)
+    return seqio.TaskRegistry.get(self.name)
+
+
+def register(config: CachedData) -> list[SeqioTask]:
+  """Registers what the configuration declares; returns the run's tasks.
 
   Raises:
     ConfigError: the mixture or task is not known to seqio, or a task of it does not
       have the features `query` and `positive`, or `text`.
+    DataError: the files of a task cannot be found.
   """
   for module in config.modules:
     importlib.import_module(module)
@@ -169,6 +210,30 @@ def register(config: CachedData) -> list[tuple[seqio.Task, float]]:
       preprocessors=preprocessors,
       output_features=_FEATURES[config.content],
     )
+  declared = {task.name: task for task in config.tasks}
+  return [
+    SeqioTask(
+      config,
+      task.name,
+      declared[task.name].kind if task.name in declared else None,
+      rate,
+      task.name in declared and declared[task.name].symmetric,
+      task.name in declared and declared[task.name].unique_ids,
+      _num_shards(task),
+    )
+    for task, rate in _rated(config)
+  ]
+
+
+def _num_shards(task: seqio.Task) -> int:
+  try:
+    return len(task.source.list_shards("train"))
+  except (tf.errors.OpError, ValueError) as error:
+    raise _failed(task.name, error) from error
+
+
+def _rated(config: CachedData) -> list[tuple[seqio.Task, float]]:
+  """The run's tasks with their rates, checked."""
   name = config.mixture_or_task_name
   known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
   if name in known:
@@ -196,51 +261,45 @@ def register(config: CachedData) -> list[tuple[seqio.Task, float]]:
   return rated
 
 
-def examples(
-  task: seqio.Task, split: str, content: str
+def _examples(
+  task: seqio.Task, shard: seqio.ShardInfo, content: str
 ) -> Generator[dict[str, Any], None, None]:
-  """Examples of a seqio task as Python strings, in source order.
-
-  Args:
-    task: Registered.
-    split: Of the task.
-    content: "pairs" or "text".
+  """Examples of a shard of a seqio task as Python strings, in its order.
 
   Raises:
     DataError: a bad record, or one that seqio, TFDS or TensorFlow could not read.
-      `on_bad_record` is for built-in and JSONL sources; other tasks filter in their
+      `on_bad_record` is for built-in and file sources; other tasks filter in their
       preprocessors.
   """
   failure: DataError | None = None
+  check = sources.text_example if content == "text" else sources.pair_example
   try:
     dataset = task.get_dataset(
-      sequence_length=None, split=split, shuffle=False, num_epochs=1
+      sequence_length=None,
+      split="train",
+      shuffle=False,
+      num_epochs=1,
+      shard_info=shard,
+      try_in_mem_cache=False,
     )
     for index, example in enumerate(dataset.as_numpy_iterator()):
       texts = {
-        key: [text.decode("utf-8") for text in value]
-        if key == "negatives"
-        else value.decode("utf-8")
+        key: value.decode("utf-8")
+        if isinstance(value, bytes)
+        else [text.decode("utf-8") for text in value]
         for key, value in example.items()
         if key in _FEATURES[content]
       }
-      if isinstance(task.source, PythonDataSource):
-        yield texts  # checked where its file and line were known
-      else:
-        check = sources.text_example if content == "text" else sources.pair_example
-        yield check(texts, f"task {task.name!r}, example {index}")
+      where = f"task {task.name!r}, shard {shard.index}, example {index}"
+      yield check(texts, where)
   except (tf.errors.OpError, ValueError) as error:
-    # What follows the first line is a graph, or a list of a thousand datasets.
-    reason = str(error).partition("\n")[0]
-    failure = getattr(task.source, "error", None) or DataError(
-      f"task {task.name!r}, split {split!r}: {reason}"
-    )
-  # Not in the handler: TensorFlow's error holds its iterator, and an iterator that is
-  # alive when Python ends has threads that may wait for Python forever.
+    failure = _failed(task.name, error)
+  # Not in the handler: TensorFlow's error holds its iterator.
   if failure is not None:
     raise failure
 
 
-def skipped(task: seqio.Task) -> sources.SkipLog:
-  """What the task's source left out so far."""
-  return getattr(task.source, "skipped", sources.SkipLog())
+def _failed(task: str, error: Exception) -> DataError:
+  # What follows the first line is a graph, or a list of a thousand datasets.
+  reason = str(error).partition("\n")[0]
+  return DataError(f"task {task!r}: {reason}")

@@ -1,7 +1,7 @@
 """Tasks and mixtures as configuration, without TensorFlow.
 
-What is declared here is registered with seqio by `embgemma.data.seqio_registry` when
-a cache is built, and only then.
+`embgemma.data.task_examples` opens what is declared here; seqio comes in only where a
+task needs it.
 """
 
 import abc
@@ -9,11 +9,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+from etils import epath
+
 from embgemma.data import builtin_corpus, prompts, sources
+from embgemma.data.cleaning import Cleaner
 from embgemma.data.denoisers import (
   Denoiser,
   Sentinels,
@@ -24,13 +27,14 @@ from embgemma.data.denoisers import (
   t5gemma2,
 )
 from embgemma.data.denoising import Corruption
+from embgemma.data.mixture import check_rates
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError, DataError
 
 FEATURES = ("query", "positive", "negatives")
 TRAINED_SENTINELS = 128  # of a vocabulary trained here, if a mixture needs no more
 # Part of every fingerprint: a cache of another format is another cache.
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,38 +44,71 @@ class Task:
   Attributes:
     name: Unique in the run; letters, digits, "_" and ".", as seqio has it.
     source: Where its examples come from.
-    kind: Which prompts both sides of a pair get, a key of `prompts.TASK_PROMPTS`; None
-      is each record's own "task" if it has one, else "search". Documents have none.
+    kind: Which prompts both sides of a pair get: a key of `prompts.TASK_PROMPTS`, or
+      the names of two prompts, "QUERY/DOCUMENT". None is each record's own "task" if it
+      has one, else "search". Documents have none.
     rate: Its weight in the mixture.
+    symmetric: Whether query and positive change places in half of the examples, drawn
+      anew in each epoch; both sides must have the same prompt.
+    unique_ids: Whether an id of the example ends each of its texts, which makes texts
+      of one label separable within a batch: Gecko (arXiv 2403.20327), section 3.3, for
+      classification. Labels then make no positives of each other.
   """
 
   name: str
   source: sources.Source
   kind: str | None = None
   rate: float = 1.0
+  symmetric: bool = False
+  unique_ids: bool = False
 
   def __post_init__(self):
     if not self.name or not all(c.isalnum() or c in "_." for c in self.name):
       raise ConfigError(
         f"task name {self.name!r}: use letters, digits, '_' and '.' only"
       )
-    if self.kind is not None and self.source.content == "text":
+    if self.source.content == "text":
+      for option in ("kind", "symmetric", "unique_ids"):
+        if getattr(self, option):
+          raise ConfigError(
+            f"task {self.name!r}: documents have one side and no prompts; drop {option}"
+          )
+    if self.symmetric and self.kind is None:
       raise ConfigError(
-        f"task {self.name!r}: documents get no prompts; drop kind {self.kind!r}"
-      )
-    if self.kind is not None and self.kind not in prompts.TASK_PROMPTS:
-      raise ConfigError(
-        f"task {self.name!r}: unknown kind {self.kind!r}; there are "
-        f"{sorted(prompts.TASK_PROMPTS)}"
+        f"task {self.name!r}: give a symmetric task a kind, such as 'similarity', "
+        "whose prompts are the same on both sides"
       )
     if not isinstance(self.rate, int | float) or not self.rate > 0:
       raise ConfigError(f"task {self.name!r}: rate must be > 0, got {self.rate!r}")
 
-  def fingerprint(self) -> list[Any]:
+  def check_kind(self, table: Mapping[str, str]) -> None:
+    """Returns nothing if the table has the prompts of the kind.
+
+    Raises:
+      ConfigError: it lacks them, or a symmetric task has two.
+    """
+    if self.kind is None:
+      return
+    try:
+      chosen = prompts.task_prompts(self.kind, table)
+    except ConfigError as error:
+      raise ConfigError(f"task {self.name!r}: {error}") from None
+    if self.symmetric and not chosen.symmetric:
+      raise ConfigError(
+        f"task {self.name!r}: kind {self.kind!r} has two prompts, so its sides cannot "
+        "change places; drop symmetric, or choose a kind such as 'similarity'"
+      )
+
+  def fingerprint(self, table: Mapping[str, str] = prompts.PROMPTS) -> list[Any]:
+    """What its records depend on beside vocabulary and lengths.
+
+    Without a kind these are the prompts of all kinds.
+    """
     if self.source.content == "text":
       return [self.name, self.source.fingerprint()]
-    kinds = {kind: dataclasses.astuple(p) for kind, p in prompts.TASK_PROMPTS.items()}
-    return [self.name, self.kind, self.source.fingerprint(), kinds]
+    kinds = [self.kind] if self.kind is not None else list(prompts.TASK_PROMPTS)
+    texts = [[kind, *prompts.task_prompts(kind, table).texts] for kind in kinds]
+    return [self.name, self.kind, self.source.fingerprint(), texts, self.unique_ids]
 
 
 def builtin_tasks() -> tuple[Task, ...]:
@@ -91,8 +128,9 @@ def builtin_text_tasks() -> tuple[Task, ...]:
   )
 
 
-_JSONL_KEYS = {"path", "kind", "rate", "limit"}
-_TEXT_KEYS = {"path", "rate", "limit"}
+_TASK_KEYS = {"kind", "rate", "symmetric", "unique_ids"}
+_PAIR_KEYS = {"path", "limit", "format", "fields", *_TASK_KEYS}
+_TEXT_KEYS = {"path", "limit", "fields", "rate"}
 
 
 def _file_entry(
@@ -110,40 +148,58 @@ def _file_entry(
   return options | {"path": path if isinstance(path, str) else tuple(path)}
 
 
+def _file_tasks(
+  what: str,
+  entries: Mapping[str, str | Mapping[str, Any]],
+  keys: set[str],
+  text_source: Callable[..., sources.Source],
+) -> tuple[Task, ...]:
+  """Tasks from files: Parquet by their names, all others as `text_source` has it."""
+  tasks = []
+  for name, entry in entries.items():
+    options = _file_entry(what, name, entry, keys)
+    own = {key: options.pop(key) for key in _TASK_KEYS & set(options)}
+    path = options["path"]
+    paths = (path,) if isinstance(path, str) else path
+    parquet = [p.endswith(".parquet") for p in paths]
+    if any(parquet) and not all(parquet):
+      raise ConfigError(
+        f"{what} task {name!r}: Parquet and other files; make two tasks"
+      )
+    if "fields" in options and not all(parquet):
+      raise ConfigError(f"{what} task {name!r}: 'fields' is for Parquet files")
+    make = sources.ParquetSource if all(parquet) else text_source
+    tasks.append(Task(name, make(**options), **own))
+  return tuple(tasks)
+
+
 def text_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...]:
-  """Tasks from files of documents, one entry each; see `sources.TextFileSource`.
+  """Tasks from files of documents, one entry each.
 
   Args:
     files: Task name to a path, or to {"path": str or list, "rate"?: float,
-      "limit"?: int}.
+      "limit"?: int}: see `sources.TextFileSource`; of .parquet files also "fields", see
+      `sources.ParquetSource`.
 
   Raises:
     ConfigError: an entry has an unknown key or no path.
   """
-  tasks = []
-  for name, entry in files.items():
-    options = _file_entry("text", name, entry, _TEXT_KEYS)
-    source = sources.TextFileSource(options["path"], options.get("limit"))
-    tasks.append(Task(name, source, rate=options.get("rate", 1.0)))
-  return tuple(tasks)
+  return _file_tasks("text", files, _TEXT_KEYS, sources.TextFileSource)
 
 
 def jsonl_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...]:
-  """Tasks from JSONL files, one entry each.
+  """Tasks from files of pairs, one entry each.
 
   Args:
-    files: Task name to a path, or to {"path": str or list, "kind"?: str,
-      "rate"?: float, "limit"?: int}.
+    files: Task name to a path, or to {"path": str or list, "limit"?: int, "format"?:
+      str}: see `sources.JsonlSource`; of .parquet files "fields" in place of "format",
+      see `sources.ParquetSource`. Also "kind", "rate", "symmetric" and "unique_ids":
+      see `Task`.
 
   Raises:
     ConfigError: an entry has an unknown key or no path.
   """
-  tasks = []
-  for name, entry in files.items():
-    options = _file_entry("JSONL", name, entry, _JSONL_KEYS)
-    source = sources.JsonlSource(options["path"], options.get("limit"))
-    tasks.append(Task(name, source, options.get("kind"), options.get("rate", 1.0)))
-  return tuple(tasks)
+  return _file_tasks("JSONL", files, _PAIR_KEYS, sources.JsonlSource)
 
 
 def default_cache_dir() -> str:
@@ -167,6 +223,10 @@ class CachedData(abc.ABC):
     vocabulary_size: Pieces of a vocabulary trained here.
     cache_dir: Where tokenised tasks are kept; None is `default_cache_dir`.
     on_bad_record: "fail" or "skip".
+    cleaning: What is left out of the tasks, in this order; see
+      `embgemma.data.cleaning`.
+    rates: Of the mixture: "explicit" are those of the tasks; see
+      `mixture.mixture_rates`.
   """
 
   mixture_or_task_name: str
@@ -177,6 +237,8 @@ class CachedData(abc.ABC):
   vocabulary_size: int | None = None
   cache_dir: str | None = None
   on_bad_record: str = "fail"
+  cleaning: Sequence[Cleaner] = ()
+  rates: str | float = "explicit"
 
   content: ClassVar[str]  # of its tasks' sources
   _macro: ClassVar[str]  # that declares tasks
@@ -184,6 +246,7 @@ class CachedData(abc.ABC):
   def __post_init__(self):
     object.__setattr__(self, "tasks", tuple(self.tasks))
     object.__setattr__(self, "modules", tuple(self.modules))
+    object.__setattr__(self, "cleaning", tuple(self.cleaning))
     names = [task.name for task in self.tasks]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
@@ -199,6 +262,7 @@ class CachedData(abc.ABC):
           f"{self.content}; give {self._macro}"
         )
     self._check_lengths()
+    check_rates(self.rates)
     if self.on_bad_record not in sources.BAD_RECORD_POLICIES:
       raise ConfigError(
         f"on_bad_record must be one of {sources.BAD_RECORD_POLICIES}, "
@@ -234,8 +298,9 @@ class CachedData(abc.ABC):
         )
 
   @property
-  def cache_root(self) -> pathlib.Path:
-    return pathlib.Path(self.cache_dir or default_cache_dir())
+  def cache_root(self) -> epath.Path:
+    """May be remote, such as gs://bucket/cache."""
+    return epath.Path(self.cache_dir or default_cache_dir())
 
   @property
   def max_length(self) -> int:
@@ -246,24 +311,44 @@ class CachedData(abc.ABC):
     named = tuple(t for t in self.tasks if t.name == self.mixture_or_task_name)
     return named or tuple(self.tasks)
 
+  @property
+  def prompt_table(self) -> Mapping[str, str]:
+    """Prompts by name."""
+    return prompts.PROMPTS
+
+  def task_fingerprint(self, name: str) -> list[Any]:
+    """Identifies the texts of one task, prompts included, before tokenisation."""
+    declared = {task.name: task for task in self.tasks}
+    if name in declared:
+      own = declared[name].fingerprint(self.prompt_table)
+    else:
+      modules = [sources.module_fingerprint(module) for module in self.modules]
+      own = [name, modules, sorted(self.prompt_table.items())]
+    return [own, self.on_bad_record, self.cleaning_fingerprint()]
+
+  def cleaning_fingerprint(self) -> list[Any]:
+    """What the decisions of the cleaners depend on beside a task's texts."""
+    return [cleaner.fingerprint() for cleaner in self.cleaning]
+
   def corpus_fingerprint(self) -> list[Any]:
-    """Identifies the texts, prompts included, before tokenisation."""
+    """Identifies the texts of all tasks, prompts included, before tokenisation."""
     return [
       self.mixture_or_task_name,
-      [task.fingerprint() for task in self.selected()],
+      [task.fingerprint(self.prompt_table) for task in self.selected()],
       [sources.module_fingerprint(name) for name in self.modules],
       self.on_bad_record,
+      self.cleaning_fingerprint(),
     ]
 
-  def vocabulary_path(self) -> pathlib.Path:
+  def vocabulary_path(self) -> epath.Path:
     """The vocabulary's file; a trained one lies in the cache, under what it saw.
 
     Raises:
       DataError: the file named does not exist.
     """
     if self.vocabulary is not None:
-      path = pathlib.Path(self.vocabulary)
-      if not path.is_file():
+      path = epath.Path(self.vocabulary)
+      if not path.exists() or path.is_dir():
         raise DataError(f"{path}: no such SentencePiece model; check VOCABULARY")
       return path
     seen = ["vocabulary", self.vocabulary_size, self.corpus_fingerprint()]
@@ -279,17 +364,28 @@ class CachedData(abc.ABC):
     """What batches depend on beside the records."""
     return []
 
-  def manifest_path(self) -> pathlib.Path:
+  def task_directory(self, name: str, vocabulary_fingerprint: str) -> str:
+    """Of a task's cache, relative to the root; named by all that its records hold."""
+    key = [
+      CACHE_FORMAT,
+      self.task_fingerprint(name),
+      *self.record_key(),
+      vocabulary_fingerprint,
+    ]
+    return f"tasks/{name}-{digest(key)}"
+
+  def manifest_path(self) -> epath.Path:
     """The file that names the caches of this configuration, once they are complete."""
     path = self.vocabulary_path()
-    vocabulary = digest([path.read_bytes().hex()]) if path.is_file() else str(path)
+    vocabulary = digest([path.read_bytes().hex()]) if path.exists() else str(path)
     key = digest(
       [
         CACHE_FORMAT,
         self.corpus_fingerprint(),
-        sorted((task.name, task.rate) for task in self.selected()),
+        sorted((task.name, task.rate, task.symmetric) for task in self.selected()),
         *self.record_key(),
         vocabulary,
+        self.rates,
         *self.reading_key(),
       ]
     )
@@ -305,9 +401,16 @@ class DataConfig(CachedData):
     lengths: Most tokens of a query, a positive and a negative, BOS, EOS and prompt
       included: TASK_FEATURE_LENGTHS with keys query, positive, negatives.
     max_negatives: Hard negatives kept of each example, M.
+    prompts: Prompts by name that replace those of `prompts.PROMPTS`, or are new.
+    avoid_duplicates: Whether no text shall be twice among the queries or the positives
+      of a batch.
+    teacher: Name of the vectors of `embgemma teach` to distil from.
   """
 
   max_negatives: int = 1
+  prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  avoid_duplicates: bool = True
+  teacher: str | None = None
 
   content = "pairs"
   _macro = "JSONL_TASKS = {'name': 'pairs.jsonl'}"
@@ -316,13 +419,28 @@ class DataConfig(CachedData):
     super().__post_init__()
     if not isinstance(self.max_negatives, int) or self.max_negatives < 0:
       raise ConfigError(f"max_negatives must be >= 0, got {self.max_negatives!r}")
+    if self.teacher is not None and not re.fullmatch(r"[A-Za-z0-9_.-]+", self.teacher):
+      raise ConfigError(
+        f"TEACHER {self.teacher!r}: a name of letters, digits, '_', '-' and '.', as "
+        "given to `embgemma teach`"
+      )
+    table = self.prompt_table
+    for task in self.tasks:
+      task.check_kind(table)
 
   @property
   def features(self) -> tuple[str, ...]:
     return FEATURES
 
+  @property
+  def prompt_table(self) -> Mapping[str, str]:
+    return prompts.with_changes(self.prompts)
+
   def record_key(self) -> list[Any]:
     return [sorted(self.lengths.items()), self.max_negatives]
+
+  def reading_key(self) -> list[Any]:
+    return [self.avoid_duplicates, self.teacher]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Texts to tokens: pairs with their prompts, documents in segments."""
 
-import collections
+import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,79 +11,147 @@ from embgemma.data import prompts
 from embgemma.data.denoisers import LEAST_TOKENS
 from embgemma.data.denoising import cut
 from embgemma.data.records import Example, content_hash
-from embgemma.data.tasks import DataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary
-from embgemma.errors import DataError
+from embgemma.errors import ConfigError, DataError
 
 _TOKENIZE_BATCH = 2048
-_TOKENIZE_CHARACTERS = 1 << 22  # of documents, at a time
+_TOKENIZE_CHARACTERS = 1 << 22  # at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class PairTexts:
+  """The texts of a pair: query, positive, then negatives.
+
+  Attributes:
+    prompted: What is tokenised.
+    contents: What they say: without prompts and ids, a title before its passage.
+    identities: What makes two of them the same to the loss.
+  """
+
+  prompted: list[str]
+  contents: list[str]
+  identities: list[str]
+
+
+def passages(example: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Titles ("" where there is none) and texts of the positive and the negatives.
+
+  Args:
+    example: As of `sources.pair_example`.
+  """
+  negatives = example.get("negatives", ())
+  titles = example.get("negative_titles") or [""] * len(negatives)
+  positive = (example.get("title") or "", example["positive"])
+  return [positive, *zip(titles, negatives, strict=True)]
 
 
 def pair_texts(
-  example: dict[str, Any], kind: str | None
-) -> tuple[list[str], list[str]]:
-  """Texts with prompts, and what identifies each for duplicate detection."""
+  example: Mapping[str, Any],
+  kind: str | None,
+  table: Mapping[str, str] = prompts.PROMPTS,
+  unique_ids: bool = False,
+) -> PairTexts:
+  """The texts of an example of pairs.
+
+  Args:
+    example: As of `sources.pair_example`.
+    kind: Of its prompts; None is the example's own.
+    table: Prompts by name.
+    unique_ids: Whether an id of the example ends each text, and labels count for
+      nothing; see `tasks.Task`.
+
+  Raises:
+    DataError: the example's own kind is unknown.
+  """
   name = kind or example.get("task") or "search"
-  if name not in prompts.TASK_PROMPTS:
+  try:
+    templates = prompts.task_prompts(name, table)
+  except ConfigError as error:
     raise DataError(
-      f"unknown task kind {name!r} in the record whose query begins "
-      f"{example['query'][:60]!r}; there are {sorted(prompts.TASK_PROMPTS)}, or set "
+      f"{error}, in the record whose query begins {example['query'][:60]!r}; or set "
       "the task's kind in gin"
-    )
-  templates = prompts.TASK_PROMPTS[name]
-  title = example.get("title") or None
-  negatives = list(example.get("negatives", ()))
-  texts = [
-    templates.format_query(example["query"]),
-    templates.format_document(example["positive"], title),
-    *(templates.format_document(text) for text in negatives),
+    ) from None
+  query, documents = example["query"], passages(example)
+  contents = [query, *("\n".join(filter(None, document)) for document in documents)]
+  prompted = [
+    templates.format_query(query),
+    *(templates.format_document(text, title) for title, text in documents),
   ]
-  label = example.get("label")
-  # Examples that share a label are positives of each other: one identity.
-  positive = (
-    f"label:{label}" if label else "\n".join(filter(None, (title, example["positive"])))
-  )
-  return texts, [example["query"], positive, *negatives]
+  if unique_ids:
+    own = f" {content_hash(query + chr(0) + contents[1]):016x}"[:9]
+    return PairTexts(
+      [text + own for text in prompted], contents, [text + own for text in contents]
+    )
+  identities = list(contents)
+  if label := example.get("label"):
+    # Examples that share a label are positives of each other: one identity.
+    identities[1] = f"label:{label}"
+  return PairTexts(prompted, contents, identities)
+
+
+def _hashes(texts: Iterable[str]) -> np.ndarray:
+  return np.array([content_hash(text) for text in texts], np.uint64)
 
 
 def pairs(
-  examples: Iterable[dict[str, Any]],
-  kind: str | None,
+  texts: Iterable[PairTexts],
   vocabulary: SentencePieceVocabulary,
-  config: DataConfig,
+  lengths: Mapping[str, int],
+  max_negatives: int,
+  num_threads: int = -1,
 ) -> Iterator[Example]:
-  """Examples in order, tokenised in batches; negatives beyond max_negatives dropped."""
-  limits = config.lengths
-  examples = iter(examples)
-  while batch := list(itertools.islice(examples, _TOKENIZE_BATCH)):
-    formatted = [pair_texts(example, kind) for example in batch]
-    queries = vocabulary.encode_batch([t[0] for t, _ in formatted], limits["query"])
-    positives = vocabulary.encode_batch(
-      [t[1] for t, _ in formatted], limits["positive"]
+  """Pairs in order, tokenised in batches; negatives beyond max_negatives dropped.
+
+  Args:
+    texts: Of the pairs.
+    vocabulary: That tokenises them.
+    lengths: Tokens at which a query, a positive and a negative are cut.
+    max_negatives: M.
+    num_threads: That tokenise; -1 is one a core.
+  """
+  texts = iter(texts)
+  while batch := list(itertools.islice(texts, _TOKENIZE_BATCH)):
+    kept = [own.prompted[2 : 2 + max_negatives] for own in batch]
+    queries, positives, flat = (
+      vocabulary.encode_batch(own, lengths[role], num_threads)
+      for role, own in (
+        ("query", [own.prompted[0] for own in batch]),
+        ("positive", [own.prompted[1] for own in batch]),
+        ("negatives", [text for own in kept for text in own]),
+      )
     )
-    kept = [texts[2 : 2 + config.max_negatives] for texts, _ in formatted]
-    flat = iter(
-      vocabulary.encode_batch([t for texts in kept for t in texts], limits["negatives"])
-    )
-    for i, (_, identities) in enumerate(formatted):
-      negatives = [next(flat) for _ in kept[i]]
-      hashes = [content_hash(text) for text in identities[: 2 + len(negatives)]]
-      yield Example((queries[i], positives[i], *negatives), np.array(hashes, np.uint64))
+    negatives = iter(flat)
+    for own, query, positive, count in zip(
+      batch, queries, positives, map(len, kept), strict=True
+    ):
+      tokens = (query, positive, *itertools.islice(negatives, count))
+      contents = _hashes(own.contents[: len(tokens)])
+      identities = contents
+      if own.identities != own.contents:
+        identities = _hashes(own.identities[: len(tokens)])
+      yield Example(tokens, identities, contents)
 
 
-def document_segments(
-  documents: Iterable[str], vocabulary: SentencePieceVocabulary, longest: int
-) -> Iterator[tuple[str, list[np.ndarray]]]:
-  """Documents in order, each with its segments; none of one too short for any.
+def segments(
+  documents: Iterable[str],
+  vocabulary: SentencePieceVocabulary,
+  longest: int,
+  num_threads: int = -1,
+) -> Iterator[list[Example]]:
+  """Documents in order, each as its segments; none of one too short for any.
 
   Args:
     documents: Texts.
     vocabulary: That tokenises them, whole.
     longest: Most tokens of a segment.
+    num_threads: That tokenise; -1 is one a core.
   """
   for batch in _batched(documents):
-    for text, tokens in zip(batch, vocabulary.encode_documents(batch), strict=True):
-      yield text, cut(tokens, longest) if len(tokens) >= LEAST_TOKENS else []
+    encoded = vocabulary.encode_documents(batch, num_threads)
+    for text, tokens in zip(batch, encoded, strict=True):
+      parts = cut(tokens, longest) if len(tokens) >= LEAST_TOKENS else []
+      hashes = _hashes([text])
+      yield [Example((part,), hashes, hashes) for part in parts]
 
 
 def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -97,19 +165,3 @@ def _batched(documents: Iterable[str]) -> Iterator[list[str]]:
       batch, characters = [], 0
   if batch:
     yield batch
-
-
-def segments(
-  examples: Iterable[dict[str, Any]],
-  vocabulary: SentencePieceVocabulary,
-  longest: int,
-  counts: collections.Counter[str],
-) -> Iterator[Example]:
-  """Segments of all documents in order; counts documents, and those too short."""
-  texts = (example["text"] for example in examples)
-  for text, own in document_segments(texts, vocabulary, longest):
-    counts["documents"] += 1
-    counts["short"] += not own
-    hashes = np.array([content_hash(text)], np.uint64)
-    for segment in own:
-      yield Example((segment,), hashes)

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 import pytest
 
-from embgemma.data import cache, tokenization
+from embgemma.data import cache, cache_builder, task_writer, tokenization
 from embgemma.data.denoisers import causal_lm
 from embgemma.data.records import Example, content_hash, decode_records
 from embgemma.data.sources import (
@@ -86,7 +86,7 @@ def write(tmp_path):
 
 def _build(config):
   log: list[str] = []
-  return cache.build(config, log.append), log
+  return cache_builder.build(config, log.append), log
 
 
 def _read(task: cache.CachedTask) -> list[Example]:
@@ -115,8 +115,9 @@ def _pairs(count, start=0):
 
 
 def _files(config) -> list[str]:
-  root = config.cache_root
-  return sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+  root = pathlib.Path(config.cache_root)
+  files = (p for p in root.rglob("*") if p.is_file() and p.name != ".lock")
+  return sorted(str(p.relative_to(root)) for p in files)
 
 
 def test_jsonl_to_records(make, write, vocabulary):
@@ -175,8 +176,26 @@ def test_jsonl_to_records(make, write, vocabulary):
       for length, limit in zip(row, limits, strict=False)
     ),
     "skipped": 0,
+    "empty": 0,
+    "unused": {},
+    "dropped": {},
+    "duplicates": 0,
+    "lengths": {
+      role: np.histogram(
+        [size for row in lengths for size in row[part]],
+        [1, 9, 17, 33, 65, 129, 257, 513, 1025, 2049, 2**32],
+      )[0].tolist()
+      for role, part in (
+        ("query", slice(0, 1)),
+        ("positive", slice(1, 2)),
+        ("negatives", slice(2, None)),
+      )
+    },
   }
   assert task.statistics["truncated"] >= 3
+  contents = [content_hash(text) for text in ("b", "deaf\ncafe")]
+  np.testing.assert_array_equal(task.hashes()[1], [*contents, 0, 0])
+  assert task.hashes()[2][1] == content_hash("face")  # not its label
 
 
 def test_kind_in_gin_beats_the_records(make, write, vocabulary):
@@ -189,7 +208,7 @@ def test_kind_in_gin_beats_the_records(make, write, vocabulary):
 
 def test_unknown_kind_in_a_record(make, write):
   path = write("p.jsonl", [*_pairs(3), {"query": "here", "positive": "b", "task": "x"}])
-  with pytest.raises(DataError, match="unknown task kind 'x' .*'here'; there are"):
+  with pytest.raises(DataError, match="unknown kind 'x'; there are .*'here'"):
     _build(make(Task("p", JsonlSource(path))))
 
 
@@ -233,7 +252,7 @@ def test_second_build_reuses_what_is_there(make, write):
   first = Task("first", JsonlSource(write("a.jsonl", _pairs(5))))
   second = Task("second", JsonlSource(write("b.jsonl", _pairs(7))), rate=2.0)
   manifest, _ = _build(make(first))
-  index = manifest.tasks[0].directory / "index.json"
+  index = pathlib.Path(manifest.tasks[0].directory, "index.json")
   written = index.stat().st_mtime_ns
   both, log = _build(make(first, second))
   assert [(task.name, task.rate) for task in both.tasks] == [
@@ -265,7 +284,7 @@ def test_one_task_of_several(make, write):
 
 
 def test_many_shards_keep_the_order(make, write, vocabulary, monkeypatch):
-  monkeypatch.setattr(cache, "_SHARD_EXAMPLES", 4)
+  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 4)
   monkeypatch.setattr(tokenization, "_TOKENIZE_BATCH", 3)
   path = write("p.jsonl", _pairs(13))
   manifest, _ = _build(make(Task("p", JsonlSource(path))))
@@ -283,9 +302,9 @@ def test_bad_record_leaves_nothing_unfinished(make, write):
   with pytest.raises(DataError) as caught:
     _build(config)
   assert str(caught.value).startswith(f'{path}:5: "query" must be a string, got int')
-  names = {pathlib.Path(name).parts[1].partition("-")[0] for name in _files(config)}
-  assert names == {"also"}
-  assert not list(config.cache_root.rglob(".unfinished*"))
+  complete = [path for path in _files(config) if path.endswith("index.json")]
+  assert [pathlib.Path(path).parts[1].partition("-")[0] for path in complete] == ["also"]
+  assert not [path for path in _files(config) if "bad" in path]
   assert cache.manifest(config) is None
   write("bad.jsonl", _pairs(4))
   manifest, log = _build(config)
@@ -317,7 +336,7 @@ def test_task_without_examples(make, write):
   config = make(Task("p", JsonlSource(write("p.jsonl", []))))
   with pytest.raises(DataError, match="task 'p' has no examples"):
     _build(config)
-  assert _files(config) == []
+  assert cache.manifest(config) is None
 
 
 @pytest.fixture
@@ -328,38 +347,46 @@ def built(make, write):
 
 
 @pytest.mark.parametrize(
-  "damage",
-  ["no index", "index no JSON", "index a list", "index without shards", "shard gone"],
+  ("damage", "message"),
+  [
+    ("index no JSON", "damaged cache .*; delete the directory to rebuild it"),
+    ("index a list", "damaged cache .*; delete the directory to rebuild it"),
+    ("index without shards", "damaged cache .*; delete the directory to rebuild it"),
+    ("shard gone", "missing, or not of the .* bytes"),
+    ("shard cut", "missing, or not of the .* bytes"),
+    ("hashes gone", "missing, or not of the .* bytes"),
+  ],
 )
-def test_damaged_cache(built, damage):
+def test_damaged_cache_is_written_again(built, damage, message):
   config, task = built
-  index = task.directory / "index.json"
-  if damage == "no index":
-    index.unlink()
-  elif damage == "index no JSON":
+  index, (records,) = task.directory / "index.json", map(pathlib.Path, task.paths)
+  before = {path.name: path.read_bytes() for path in task.directory.iterdir()}
+  if damage == "index no JSON":
     index.write_text(index.read_text()[:-20])
   elif damage == "index a list":
     index.write_text("[]")
   elif damage == "index without shards":
     index.write_text('{"statistics": {}}')
+  elif damage == "shard gone":
+    records.unlink()
+  elif damage == "shard cut":
+    records.write_bytes(records.read_bytes()[:-1])
   else:
-    pathlib.Path(task.paths[0]).unlink()
-  message = f"^{task.directory}: damaged cache .*; delete the directory to rebuild it$"
+    (task.directory / "hashes.npy").unlink()
   with pytest.raises(DataError, match=message):
     cache.manifest(config)
-  with pytest.raises(DataError, match=message):
-    _build(config)
+  rebuilt, log = _build(config)
+  assert rebuilt.tasks == (task,)
+  assert "is damaged: writing the task again" in log[0]
+  assert {path.name: path.read_bytes() for path in task.directory.iterdir()} == before
 
 
-def test_cut_shard(built):
+def test_a_task_without_its_marker_is_not_complete(built):
   config, task = built
-  (path,) = map(pathlib.Path, task.paths)
-  size = path.stat().st_size
-  path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(
-    DataError, match=rf"^{path}: {size - 1} bytes where the index says {size}; delete"
-  ):
-    cache.manifest(config)
+  (task.directory / "index.json").unlink()
+  assert cache.manifest(config) is None
+  rebuilt, _ = _build(config)
+  assert rebuilt.tasks == (task,)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"tasks": [{"name": "p"}]}', "[1]"])
@@ -432,8 +459,8 @@ def test_tfds(make, tfds_dir, vocabulary):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"name": "tinier:1.0.0"}, "task 't', split 'train': Dataset tinier not found"),
-    ({"split": "dev"}, "task 't', split 'train': Unknown split 'dev'"),
+    ({"name": "tinier:1.0.0"}, "task 't': Dataset tinier not found"),
+    ({"split": "dev"}, "task 't': Unknown split 'dev'"),
     (
       {"fields": {"query": "question", "positive": "answer"}},
       r"task 't': the records have no \['answer'\], they have \['answers', 'best', ",
@@ -614,7 +641,7 @@ def test_documents_to_segments(make_text, write, words, vocabulary, monkeypatch)
   assert max(lengths) <= 12
   assert min(lengths) >= 2
   assert min(map(int, np.concatenate(segments))) > 4  # no BOS, EOS or padding
-  assert first.statistics == {
+  expected = {
     "examples": len(segments),
     "tokens": sum(lengths),
     "max_text_tokens": max(lengths),
@@ -623,6 +650,7 @@ def test_documents_to_segments(make_text, write, words, vocabulary, monkeypatch)
     "short": 1,
     "skipped": 0,
   }
+  assert expected.items() <= first.statistics.items()
   assert any(f"cached objects: {len(segments)} exam" in line for line in log)
   assert any(line.endswith("tokens, of 24 documents") for line in log)
 
@@ -688,7 +716,7 @@ def test_tfrecord_documents(make_text, tfrecord, vocabulary):
   manifest, _ = _build(make_text(Task("t", TfrecordSource(path, {"text": "q"}))))
   assert _documents(manifest.tasks[0], vocabulary) == ["one cab", "two cabs"]
   path = tfrecord("b.tfrecord", [b"one cab", b" "])
-  with pytest.raises(DataError, match="task 't', example 1: \"text\" is empty"):
+  with pytest.raises(DataError, match="task 't', shard 0, example 1: \"text\" is empty"):
     _build(make_text(Task("t", TfrecordSource(path, {"text": "q"}))))
 
 

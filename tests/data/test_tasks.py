@@ -44,9 +44,43 @@ def test_task_names(name):
     Task(name, JsonlSource("x"))
 
 
-def test_task_kind():
+def _with_task(config, **options) -> DataConfig:
+  return dataclasses.replace(config, tasks=(Task("t", JsonlSource("x"), **options),))
+
+
+def test_task_kind(config):
   with pytest.raises(ConfigError, match="'t': unknown kind 'poetry'; there are .*'qa'"):
-    Task("t", JsonlSource("x"), "poetry")
+    _with_task(config, kind="poetry")
+  with pytest.raises(ConfigError, match="'t': prompt 'poem' does not exist"):
+    _with_task(config, kind="poem/document")
+  changed = dataclasses.replace(config, prompts={"poem": "task: poem | query: "})
+  assert _with_task(changed, kind="poem/document").tasks[0].kind == "poem/document"
+
+
+def test_symmetric_task(config):
+  with pytest.raises(ConfigError, match="'t': give a symmetric task a kind"):
+    Task("t", JsonlSource("x"), symmetric=True)
+  with pytest.raises(ConfigError, match="'t': kind 'qa' has two prompts, so its sides"):
+    _with_task(config, kind="qa", symmetric=True)
+  assert _with_task(config, kind="bitext", symmetric=True).tasks[0].symmetric
+
+
+def test_a_changed_prompt_changes_its_tasks_alone(config):
+  tasks = tuple(
+    Task(name, config.tasks[0].source, kind)
+    for name, kind in (("a", "qa"), ("b", "code"), ("c", None), ("d", "poem/document"))
+  )
+  poem = {"poem": "task: poem | query: "}
+  before = dataclasses.replace(config, tasks=tasks, prompts=poem)
+  qa = {"QuestionAnswering": "question: "}
+  after = dataclasses.replace(before, prompts={**poem, **qa})
+  changed = {
+    task.name
+    for task in tasks
+    if before.task_directory(task.name, "v") != after.task_directory(task.name, "v")
+  }
+  assert changed == {"a", "c"}  # without a kind, any prompt may be meant
+  assert before.manifest_path() != after.manifest_path()
 
 
 @pytest.mark.usefixtures("untyped")
@@ -188,7 +222,7 @@ def test_text_tasks():
   )
   for entry in ({"rate": 1.0}, {"path": "a", "kind": "qa"}):
     with pytest.raises(
-      ConfigError, match=r"text task 'a': needs 'path' and takes \['l"
+      ConfigError, match=r"text task 'a': needs 'path' and takes \['f"
     ):
       tasks.text_tasks({"a": entry})
 
@@ -200,7 +234,7 @@ def test_builtin_text_tasks():
 
 def test_documents_get_no_prompts():
   with pytest.raises(
-    ConfigError, match="'t': documents get no prompts; drop kind 'qa'"
+    ConfigError, match="'t': documents have one side and no prompts; drop kind"
   ):
     Task("t", TextFileSource("x"), "qa")
 

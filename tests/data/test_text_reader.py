@@ -4,13 +4,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from etils import epath
 
-from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data.cache import CachedTask
 from embgemma.data.denoisers import Sentinels, causal_lm, longest_segment, t5gemma2
 from embgemma.data.denoising import Corruption
-from embgemma.data.reader import read_batches
+from embgemma.data.reader import Shards, read_batches
 from embgemma.data.records import Example
+from embgemma.data.schedule import RecordSchedule
 from embgemma.data.sources import BuiltinSource, TextFileSource
+from embgemma.data.task_writer import write_examples
 from embgemma.data.text_reader import TextSource, held_out_segments
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import ConfigError, DataError
@@ -37,7 +40,7 @@ def _write(directory, name, size, rate=1.0) -> CachedTask:
     return Example((np.array(tokens, np.int32),), np.array([number], np.uint64))
 
   statistics = write_examples(directory, map(segment, range(size)), None)
-  return CachedTask(name, rate, directory, statistics)
+  return CachedTask(name, rate, epath.Path(directory), statistics)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +49,12 @@ def tasks(tmp_path_factory):
   return [_write(directory, "prose", 210, rate=3.0), _write(directory, "code", 100)]
 
 
-def _source(tasks, batch_size=16, seed=3, num_shards=1, corruption=None, **options):
-  corruption = corruption or _corruption()
-  return TextSource(tasks, corruption, batch_size, seed, num_shards, _ROWS, **options)
+def _source(
+  tasks, batch_size=16, seed=3, num_shards=1, corruption=None, own=None, **options
+):
+  schedule = RecordSchedule(tasks, batch_size, seed, _ROWS)
+  shards = Shards(num_shards, own)
+  return TextSource(schedule, corruption or _corruption(), shards, **options)
 
 
 def _side(ids, tokens) -> list[tuple[int, ...]]:
@@ -109,7 +115,7 @@ def test_neither_shards_nor_microbatches_change_an_example(
 def test_a_process_has_its_part_of_the_batch(tasks, own):
   options = {"num_shards": 4, "microbatch_tokens": 256}
   whole = _source(tasks, **options)
-  part = _source(tasks, own_shards=own, **options)
+  part = _source(tasks, own=own, **options)
   for step in range(6):
     ours, expected = part.batch(step), whole.batch(step)
     assert (ours.real_tokens, ours.slots) == (expected.real_tokens, expected.slots)
@@ -188,13 +194,13 @@ def test_causal_segments_have_no_inputs(tasks):
   assert _examples(again) == _examples(batch)
 
 
-def test_caches_of_other_data(tasks):
+def test_caches_of_other_data(tasks, tmp_path):
   with pytest.raises(DataError, match=f"{tasks[0].directory} does not hold segments"):
     _source(tasks, corruption=_corruption(longest=int(tasks[0].lengths().max()) - 1))
-  pair = dataclasses.replace(tasks[0], statistics={**tasks[0].statistics})
-  pair.statistics["max_negatives"] = 0
+  pair = Example((np.arange(9, dtype=np.int32),) * 2, np.arange(2, dtype=np.uint64))
+  statistics = write_examples(tmp_path, [pair] * 16, (99, 99, 99))
   with pytest.raises(DataError, match="does not hold segments"):
-    _source([pair])
+    _source([CachedTask("pairs", 1.0, epath.Path(tmp_path), statistics)])
 
 
 def test_batches_that_cannot_be(tasks):
@@ -217,7 +223,7 @@ def test_longest_segment_is_read(tmp_path):
   longest = longest_segment(t5gemma2(), _LENGTHS)
   segment = Example((np.arange(10, 10 + longest, dtype=np.int32),), np.zeros(1, "u8"))
   statistics = write_examples(tmp_path, [segment] * 32, None)
-  task = CachedTask("full", 1.0, tmp_path, statistics)
+  task = CachedTask("full", 1.0, epath.Path(tmp_path), statistics)
   batch = _source([task], 32, corruption=_corruption(longest=longest)).batch(0)
   assert len(_examples(batch)) == 32
   widest = max(max(len(a), len(b)) for a, b in _examples(batch))

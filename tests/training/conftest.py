@@ -1,10 +1,16 @@
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from etils import epath
 
-from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data import teacher_vectors
+from embgemma.data.cache import CachedTask
 from embgemma.data.records import Example
+from embgemma.data.task_writer import write_examples
+from embgemma.data.teacher_vectors import TeacherVectors
+from embgemma.data.vector_store import VectorStore
 from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models.config import EmbedderConfig, TransformerConfig
 
@@ -40,7 +46,7 @@ def objective() -> Objective:
 
 @pytest.fixture(scope="module")
 def make_task(tmp_path_factory) -> Callable[..., CachedTask]:
-  """A cache of random examples, as `cache.build` leaves it."""
+  """A cache of random examples, as a build leaves it."""
 
   def make(name: str, examples: int, negatives: int, seed: int = 0) -> CachedTask:
     rng = np.random.default_rng(seed)
@@ -54,7 +60,26 @@ def make_task(tmp_path_factory) -> Callable[..., CachedTask]:
 
     directory = tmp_path_factory.mktemp(name)
     made = (example() for _ in range(examples))
-    statistics = write_examples(directory, made, limits=(8, 8, 8))
-    return CachedTask(name, 1.0, directory, statistics)
+    statistics = write_examples(directory, made, (8, 8, 8))
+    return CachedTask(name, 1.0, epath.Path(directory), statistics)
 
   return make
+
+
+@pytest.fixture(scope="session")
+def teach() -> Callable[..., TeacherVectors]:
+  """Random vectors of most texts of a task, in half precision."""
+
+  def teach(task: CachedTask, width: int, name: str = "t") -> TeacherVectors:
+    rng = np.random.default_rng(0)
+    directory = pathlib.Path(task.directory)
+    store = VectorStore.create_or_open(directory / name, width, "float16", "random")
+    given = (task.lengths() > 0) & (rng.random(task.lengths().shape) < 0.8)
+    vectors = rng.normal(size=(int(given.sum()), width))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store.add(np.arange(len(vectors), dtype=np.uint64), vectors.astype(np.float16))
+    rows = np.where(given, np.cumsum(given).reshape(given.shape) - 1, -1)
+    teacher_vectors.write(directory, name, store, rows.shape, [rows])
+    return TeacherVectors(directory, name)
+
+  return teach

@@ -6,13 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from rich.console import Console
 
 from embgemma import cli
-from embgemma.data.cache import CachedTask, write_examples
+from embgemma.data.cache import CachedTask
 from embgemma.data.denoisers import Sentinels, causal_lm, t5gemma2
 from embgemma.data.denoising import Corruption
+from embgemma.data.reader import Shards
 from embgemma.data.records import Example
+from embgemma.data.schedule import RecordSchedule
+from embgemma.data.task_writer import write_examples
 from embgemma.data.tasks import (
   DataConfig,
   TextDataConfig,
@@ -210,12 +214,14 @@ def test_a_typical_batch_of_documents_is_one_that_is_read(
   rng = np.random.default_rng(0)
   segments = [np.full(n, 5, np.int32) for n in rng.integers(2, 25, 800)]
   examples = (Example((s,), np.array([1], np.uint64)) for s in segments)
-  task = CachedTask("task", 1.0, tmp_path, write_examples(tmp_path, examples, None))
+  statistics = write_examples(tmp_path, examples, None)
+  task = CachedTask("task", 1.0, epath.Path(tmp_path), statistics)
   data = run["data"]
   corruption = Corruption(
     data.denoisers, data.lengths, data.longest, Sentinels(40, 20), 2, 1
   )
-  source = TextSource([task], corruption, 256, 0, 4, 96, microbatch_tokens=448)
+  schedule = RecordSchedule([task], 256, 0, 96)
+  source = TextSource(schedule, corruption, Shards(4), microbatch_tokens=448)
   abstract = step_plan.abstract_run(jax.devices()[:4], **run)
   lengths = np.asarray(task.lengths(), int)
   plan = step_plan.plan_step(abstract, None, 256, lengths, **run, microbatch_tokens=448)

@@ -1,0 +1,140 @@
+"""Where jobs run that leave their results in files: here, in processes, or on Beam.
+
+A job is a picklable argument of a function of a module, whose result is a file that is
+whole or not there: to run one twice, or again after it was killed, does no harm.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from embgemma import errors
+from embgemma.errors import ConfigError, DataError, EmbgemmaError
+
+Job = Callable[[Any], None]
+
+
+@runtime_checkable
+class Executor(Protocol):
+  """Runs jobs."""
+
+  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+    """Runs a function on each job; yields their numbers as they end.
+
+    Raises:
+      EmbgemmaError: that of the first job which fails. Others may have ended by then.
+    """
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InProcess:
+  """One after another, in this process."""
+
+  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+    for number, job in enumerate(jobs):
+      function(job)
+      yield number
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessPool:
+  """In processes of this machine, which end with this one.
+
+  Attributes:
+    workers: Processes.
+  """
+
+  workers: int
+
+  def __post_init__(self):
+    if self.workers < 1:
+      raise ConfigError(f"--workers={self.workers}: give 1 or more")
+
+  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+    if self.workers == 1 or len(jobs) < 2:
+      yield from InProcess().run(function, jobs)
+      return
+    context = multiprocessing.get_context("spawn")  # threads and TensorFlow: no fork
+    with concurrent.futures.ProcessPoolExecutor(
+      min(self.workers, len(jobs)), context, begin_worker
+    ) as pool:
+      numbers = {pool.submit(function, job): n for n, job in enumerate(jobs)}
+      try:
+        for future in concurrent.futures.as_completed(numbers):
+          future.result()
+          yield numbers[future]
+      except concurrent.futures.process.BrokenProcessPool as error:
+        raise DataError(
+          "a worker was killed (perhaps out of memory: lower --workers); what is "
+          "complete is kept, the same command goes on from there"
+        ) from error
+      finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def begin_worker(*unused: Any) -> None:
+  """Leaves signals to the parent process, and ends with it even if it is killed."""
+  del unused
+  for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_IGN)
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+
+  def follow() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=follow, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamPipeline:
+  """As an Apache Beam pipeline: Dataflow, Flink, Spark or its local runners.
+
+  Workers must see the paths that jobs read and write: gs:// or a shared file system.
+
+  Attributes:
+    options: Of the pipeline, such as ("--runner=DataflowRunner", "--region=…").
+  """
+
+  options: Sequence[str] = ()
+
+  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+    try:
+      import apache_beam as beam
+      from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+      raise ConfigError(
+        "--pipeline_options needs embgemma[beam]: pip install 'embgemma[beam]'"
+      ) from error
+    if not jobs:
+      return
+    try:
+      with beam.Pipeline(options=PipelineOptions(list(self.options))) as pipeline:
+        (
+          pipeline
+          | "Jobs" >> beam.Create(list(jobs))
+          | "Spread" >> beam.Reshuffle()
+          | "Run" >> beam.Map(function)
+        )
+    except EmbgemmaError:
+      raise
+    except Exception as error:
+      raise _own_error(error) from error
+    yield from range(len(jobs))
+
+
+def _own_error(error: Exception) -> Exception:
+  """The error of ours that a runner wrapped in a message; itself if there is none."""
+  pattern = r"embgemma\.errors\.(\w+): (.*?)(?: \[while running|\n|$)"
+  found = re.search(pattern, str(error), re.DOTALL)
+  if found is None:
+    return error
+  return getattr(errors, found[1])(found[2].replace("\\n", "\n").strip())
