@@ -11,7 +11,6 @@ are planned from them without reading texts. Reading needs no TensorFlow;
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from etils import epath
 
 from embgemma import outputs
 from embgemma.data import cleaning
+from embgemma.data.files import is_remote
 from embgemma.data.mixture import mixture_rates
 from embgemma.data.sources import SkipLog
 from embgemma.data.task_examples import TaskExamples
@@ -31,7 +31,7 @@ from embgemma.data.tasks import (
   default_cache_dir,
   digest,
 )
-from embgemma.errors import ConfigError, DataError
+from embgemma.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +96,6 @@ class Manifest:
 
   tasks: tuple[CachedTask, ...]
   vocabulary: pathlib.Path
-
-
-def is_remote(path: epath.PathLike) -> bool:
-  """Whether a path is on no file system of this machine, such as gs://bucket/cache."""
-  return "://" in os.fspath(path)
 
 
 def local_copy(path: epath.Path) -> pathlib.Path:
@@ -184,19 +179,10 @@ def manifest(config: CachedData) -> Manifest | None:
   return Manifest(tuple(rated), local_copy(config.vocabulary_path()))
 
 
-def cleaning_directory(config: CachedData, task: str) -> pathlib.Path:
-  """What the cleaners of a configuration decided of a task.
-
-  Raises:
-    ConfigError: the cache is remote.
-  """
-  if is_remote(config.cache_root):
-    raise ConfigError(
-      f"CLEANING keeps files in CACHE_DIR that are written bit by bit, which "
-      f"{config.cache_root} cannot be; mount it, or give a shared file system"
-    )
+def cleaning_directory(config: CachedData, task: str) -> epath.Path:
+  """What the cleaners of a configuration decided of a task."""
   key = digest([CACHE_FORMAT, config.task_fingerprint(task)])
-  return pathlib.Path(config.cache_root, "cleaned", f"{task}-{key}")
+  return config.cache_root / "cleaned" / f"{task}-{key}"
 
 
 def kept(

@@ -10,11 +10,11 @@ import dataclasses
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from etils import epath
 
-from embgemma.data import cache, cleaning, task_writer, tokenization
+from embgemma.data import cache, cleaning, files, task_writer, tokenization
 from embgemma.data.cache import Manifest
 from embgemma.data.executors import Executor, InProcess
 from embgemma.data.sources import SkipLog
@@ -68,7 +68,7 @@ def build(config: CachedData, log: Log, executor: Executor | None = None) -> Man
     }
     for task, directory in zip(tasks, directories, strict=True)
   ]
-  with task_writer.new_file(config.manifest_path()) as path:
+  with files.new_file(config.manifest_path()) as path:
     path.write_text(json.dumps({"tasks": entries}, indent=1))
   built = cache.manifest(config)
   assert built is not None
@@ -81,10 +81,10 @@ def _is_complete(directory: epath.Path, log: Log | None = None) -> bool:
   if not path.exists():
     return False
   try:
-    files = json.loads(path.read_text())["files"]
+    sizes = json.loads(path.read_text())["files"]
   except (ValueError, KeyError, TypeError, OSError):
-    files = {path.name: -1}
-  damaged = cache.damaged_files(directory, files)
+    sizes = {path.name: -1}
+  damaged = cache.damaged_files(directory, sizes)
   if not damaged:
     return True
   if log is not None:
@@ -99,7 +99,7 @@ def _locked(directories: Sequence[epath.Path], log: Log) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     for directory in sorted(directories):  # one order: no two wait for each other
       directory.mkdir(parents=True, exist_ok=True)
-      if not cache.is_remote(directory):
+      if not files.is_remote(directory):
         stack.enter_context(_lock(directory, log))
     yield
 
@@ -147,7 +147,7 @@ def _finish(
   dropped = {}
   if config.cleaning:
     report = cleaning.report(cache.cleaning_directory(config, task.name))
-    dropped = {entry["name"]: entry["dropped"] for entry in report["cleaners"]}
+    dropped = report["dropped"]
   pairs = isinstance(config, DataConfig)
   index = task_writer.finish_task(directory, task.name, task.num_shards, dropped, pairs)
   statistics = index["statistics"]
@@ -208,9 +208,7 @@ def _clean(
   undecided = {
     task.name: directory
     for task in tasks
-    if not (
-      (directory := cache.cleaning_directory(config, task.name)) / "report.json"
-    ).exists()
+    if not cleaning.is_decided(directory := cache.cleaning_directory(config, task.name))
   }
   for directory in undecided.values():
     directory.mkdir(parents=True, exist_ok=True)
@@ -242,14 +240,16 @@ def _ensure_vocabulary(
   log(f"training a vocabulary of {config.vocabulary_size:,} pieces")
   with (
     contextlib.closing(_texts(config, tasks)) as texts,
-    task_writer.new_file(path) as made,
+    files.new_file(path) as made,
   ):
     train_vocabulary(
       texts, config.vocabulary_size, made, sentinels=config.sentinels_trained
     )
 
 
-def _texts(config: CachedData, tasks: Sequence[TaskExamples]) -> Iterator[str]:
+def _texts(
+  config: CachedData, tasks: Sequence[TaskExamples]
+) -> Generator[str, None, None]:
   """All that would be tokenised."""
   for task in tasks:
     for shard in range(task.num_shards):

@@ -13,17 +13,16 @@ import contextlib
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from embgemma import outputs
 from embgemma.data.cleaners import Cleaner, Deduplicator, Example, Filter, Keys
+from embgemma.data.files import is_remote, writing
 from embgemma.errors import DataError
 from embgemma.typing import Int
 
@@ -45,22 +44,9 @@ def _drops_name(shard: int) -> str:
 
 
 @contextlib.contextmanager
-def _new_file(path: epath.Path) -> Iterator[IO[bytes]]:
-  """A file that becomes `path`, here or remote, when the block ends."""
-  if "://" not in os.fspath(path):
-    with outputs.new_file(pathlib.Path(path)) as file:
-      yield file
-    return
-  with tempfile.NamedTemporaryFile() as file:
-    yield file
-    file.flush()
-    epath.Path(file.name).copy(path, overwrite=True)
-
-
-@contextlib.contextmanager
 def _local_scans(directory: epath.Path) -> Iterator[pathlib.Path]:
   """The directory, or a local one with the scans of a remote one."""
-  if "://" not in os.fspath(directory):
+  if not is_remote(directory):
     yield pathlib.Path(directory)
     return
   with tempfile.TemporaryDirectory() as local:
@@ -103,7 +89,7 @@ def scan(
   keys = {str(i): 0 for i, c in enumerate(cleaners) if isinstance(c, Deduplicator)}
   with contextlib.ExitStack() as stack:
     files = {
-      name: stack.enter_context(_new_file(directory / _scan_name(shard, name)))
+      name: stack.enter_context(writing(directory / _scan_name(shard, name)))
       for name in ("codes", "shown", *map(_keys_name, keys))
     }
     for example in examples:
@@ -119,7 +105,7 @@ def scan(
       codes.append(code)
     files["codes"].write(codes.tobytes())
   meta = {"examples": len(codes), "phrases": list(phrases), "keys": keys}
-  with _new_file(done) as file:
+  with writing(done) as file:
     file.write(json.dumps(meta).encode())
 
 
@@ -256,7 +242,7 @@ def _decide(cleaners: Sequence[Cleaner], directory: epath.Path, scans: _Scans) -
       by[left & (scans.filtered == position)] = position
   for shard in range(len(scans.metas)):
     own = by[scans.starts[shard] : scans.starts[shard + 1]]
-    with _new_file(directory / _drops_name(shard)) as file:
+    with writing(directory / _drops_name(shard)) as file:
       np.save(file, np.flatnonzero(own != _KEPT).astype(np.int64))
   entries = _entries(cleaners, scans, by, reasons)
   result = {
@@ -265,7 +251,7 @@ def _decide(cleaners: Sequence[Cleaner], directory: epath.Path, scans: _Scans) -
     "dropped": {entry["name"]: entry["dropped"] for entry in entries},
     "cleaners": entries,
   }
-  with _new_file(directory / "report.json") as file:
+  with writing(directory / "report.json") as file:
     file.write(json.dumps(result, indent=1, ensure_ascii=False).encode())
 
 

@@ -11,11 +11,19 @@ import gzip
 import io
 import lzma
 import os
+import pathlib
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any, cast
 
+from etils import epath
+
+from embgemma import outputs
 from embgemma.errors import ConfigError, DataError, EmbgemmaError
+
+# Or epath would import TensorFlow, where it is installed, for a path on gs://.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes of compressed files."""
@@ -31,9 +39,33 @@ _VERSIONS = (
 )
 
 
-def is_remote(path: str) -> bool:
-  """Whether a path is fsspec's to open."""
-  return "://" in path
+def is_remote(path: epath.PathLike) -> bool:
+  """Whether a path is fsspec's to open, such as gs://bucket/name."""
+  return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def new_file(path: epath.Path) -> Iterator[pathlib.Path]:
+  """A local path whose file becomes `path`, here or remote, when the block ends.
+
+  Raises:
+    DataError: it cannot be written.
+  """
+  if not is_remote(path):
+    with outputs.new_path(pathlib.Path(path)) as made:
+      yield made
+    return
+  with tempfile.TemporaryDirectory() as directory:
+    made = pathlib.Path(directory, path.name)
+    yield made
+    epath.Path(made).copy(path, overwrite=True)  # an object is there whole or not
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path) -> Iterator[IO[bytes]]:
+  """The file of `new_file`, open."""
+  with new_file(path) as made, made.open("wb") as file:
+    yield file
 
 
 def plain_name(path: str) -> str:

@@ -23,6 +23,7 @@ import seqio
 import tensorflow as tf
 
 from embgemma.data import sources
+from embgemma.data.task_examples import TaskExamples
 from embgemma.data.tasks import CachedData, Task
 from embgemma.errors import ConfigError, DataError
 
@@ -72,6 +73,7 @@ class PythonDataSource(seqio.DataSource):
     return [" ".join(shard) for shard in self.source.shards()]
 
   def _examples(self, index: int, count: int) -> Iterator[dict[str, Any]]:
+    absent: dict[str, Any]
     absent = {"negative_titles": []} if self.source.content == "pairs" else {}
     for shard in self.source.shards()[index::count]:
       for example in self.source.read(shard, self.policy, sources.SkipLog()):
@@ -186,7 +188,7 @@ class SeqioTask:
     return seqio.TaskRegistry.get(self.name)
 
 
-def register(config: CachedData) -> list[SeqioTask]:
+def register(config: CachedData) -> list[TaskExamples]:
   """Registers what the configuration declares; returns the run's tasks.
 
   Raises:

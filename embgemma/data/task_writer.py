@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import pathlib
-import tempfile
 import zipfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -22,8 +21,8 @@ import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from embgemma import outputs
 from embgemma.data import cache, tokenization
+from embgemma.data.files import new_file, writing
 from embgemma.data.records import Example, encode_example
 from embgemma.data.sources import SkipLog
 from embgemma.data.task_examples import TaskExamples
@@ -104,19 +103,6 @@ def _read_part(path: epath.Path) -> Part | None:
   if cache.damaged_files(path.parent, facts["files"]):
     return None
   return part
-
-
-@contextlib.contextmanager
-def new_file(path: epath.Path) -> Iterator[pathlib.Path]:
-  """A local path whose file becomes `path`, here or remote, when the block ends."""
-  if not cache.is_remote(path):
-    with outputs.new_path(pathlib.Path(path)) as made:
-      yield made
-    return
-  with tempfile.TemporaryDirectory() as directory:
-    made = pathlib.Path(directory, path.name)
-    yield made
-    epath.Path(made).copy(path, overwrite=True)  # an object is there whole or not
 
 
 @functools.lru_cache(maxsize=1)
@@ -303,7 +289,7 @@ def write_parts(
       "last": following is None,
       "skipped": dataclasses.asdict(skipped),
     }
-    with new_file(_part_path(directory, shard, part)) as path, path.open("wb") as file:
+    with writing(_part_path(directory, shard, part)) as file:
       np.savez(
         file,
         lengths=own.lengths,
@@ -352,15 +338,16 @@ def finish_task(
   Raises:
     DataError: there is no example.
   """
-  paths, parts = [], []
+  paths: list[epath.Path] = []
+  parts: list[Part] = []
   for shard in range(num_shards):
     for number in itertools.count():
       path = _part_path(directory, shard, number)
-      part = _read_part(path)
-      assert part is not None  # all shards have been written
+      found = _read_part(path)
+      assert found is not None  # all shards have been written
       paths.append(path)
-      parts.append(part)
-      if part.facts["last"]:
+      parts.append(found)
+      if found.facts["last"]:
         break
   facts = [part.facts for part in parts]
   statistics = _statistics(facts, pairs)
@@ -368,12 +355,12 @@ def finish_task(
     raise DataError(
       f"task {task!r} has no examples" + (" left by cleaning" if dropped else "")
     )
-  files = {}
-  for part in facts:
-    if part["statistics"]["examples"]:
-      files |= part["files"]
+  files: dict[str, int] = {}
+  for fact in facts:
+    if fact["statistics"]["examples"]:
+      files |= fact["files"]
     else:  # no reader should open what has no record
-      (directory / next(iter(part["files"]))).unlink()
+      (directory / next(iter(fact["files"]))).unlink()
   texts = 2 + statistics["max_negatives"] if pairs else 1
   shape = (statistics["examples"], texts)
   small = np.uint16 if statistics["max_text_tokens"] < 2**16 else np.uint32
@@ -382,14 +369,14 @@ def finish_task(
     "hashes.npy": _merged([part.hashes for part in parts], shape, np.uint64),
   }
   for name, table in tables.items():
-    with new_file(directory / name) as path, path.open("wb") as file:
+    with writing(directory / name) as file:
       np.save(file, table)
       files[name] = file.tell()
   statistics["lengths"] = _histogram(tables["lengths.npy"], pairs)
   statistics["duplicates"] = _duplicates(tables["hashes.npy"]) if pairs else 0
   statistics["dropped"] = dropped
   listed = [
-    line for part in facts if part["last"] for line in part["skipped"]["listed"]
+    line for fact in facts if fact["last"] for line in fact["skipped"]["listed"]
   ]
   index = {
     "format": CACHE_FORMAT,
@@ -415,7 +402,7 @@ def _statistics(facts: Sequence[dict[str, Any]], pairs: bool) -> dict[str, Any]:
   ends = [part["skipped"] for part in facts if part["last"]]
   total["skipped"] = sum(end["count"] for end in ends)
   total["empty"] = sum(end["empty"] for end in ends)
-  unused = collections.Counter()
+  unused: collections.Counter[str] = collections.Counter()
   for end in ends:
     unused.update(end["unused"])
   total["unused"] = dict(unused)

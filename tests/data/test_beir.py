@@ -47,8 +47,7 @@ def test_pairs_in_the_order_of_the_judgements(tmp_path):
   assert _read(source) == [
     example("which mountain", "The Alps."),
     example("which river", "The Rhine.", ["The Alps."]),
-    # Beside negatives the title is text: see `record_formats`.
-    example("which river", "Rivers\nThe Danube.", ["The Alps."]),
+    example("which river", "The Danube.", ["The Alps."], title="Rivers"),
     example("which mountain", "The Danube.", title="Rivers"),
   ]
   assert _read(BeirSource(str(tmp_path), limit=2)) == _read(source)[:2]

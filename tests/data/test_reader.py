@@ -1,12 +1,18 @@
 """Batches depend on seed, step and batch size, and on nothing else."""
 
+import hashlib
+import pathlib
+
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from embgemma.data.cache import CachedTask, write_examples
-from embgemma.data.reader import StepSource, read_batches, scheduled_task, shuffled
+from embgemma.data import teacher_vectors
+from embgemma.data.reader import Shards, StepSource, read_batches
 from embgemma.data.records import Example
+from embgemma.data.schedule import RecordSchedule
+from embgemma.data.teacher_vectors import TeacherVectors
+from embgemma.data.vector_store import VectorStore
 from embgemma.errors import ConfigError, DataError
 
 _VOCABULARY = 5000
@@ -22,27 +28,31 @@ def _example(rng, number: int, negatives: int) -> Example:
   return Example(tuple(texts), hashes)
 
 
-def _write(directory, name, size, rate=1.0, negatives=2) -> CachedTask:
-  """A cache of examples that have 0 to `negatives` negatives in turn."""
-  directory = directory / name
-  directory.mkdir()
-  rng = np.random.default_rng(len(name))
-  examples = (_example(rng, i, i % (negatives + 1)) for i in range(size))
-  statistics = write_examples(directory, examples, (99, 99, 99))
-  return CachedTask(name, rate, directory, statistics)
+def _made(size, negatives, seed=5):
+  """Examples that have 0 to `negatives` negatives in turn."""
+  rng = np.random.default_rng(seed)
+  return (_example(rng, i, i % (negatives + 1)) for i in range(size))
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def tasks(cached, tmp_path_factory):
   directory = tmp_path_factory.mktemp("caches")
   return [
-    _write(directory, "plain", 105, rate=3.0),
-    _write(directory, "bare", 50, rate=1.0, negatives=0),
+    cached(directory, "plain", _made(105, 2), rate=3.0),
+    cached(directory, "bare", _made(50, 0)),
   ]
 
 
-def _source(tasks, batch_size=8, seed=3, num_shards=1, **options) -> StepSource:
-  return StepSource(tasks, batch_size, seed, num_shards, _VOCABULARY, **options)
+@pytest.fixture
+def make_task(cached, tmp_path):
+  return lambda size: cached(tmp_path, "task", _made(size, 0))
+
+
+def _source(
+  tasks, batch_size=8, seed=3, num_shards=1, own=None, avoid_duplicates=False, **options
+) -> StepSource:
+  schedule = RecordSchedule(tasks, batch_size, seed, _VOCABULARY, avoid_duplicates)
+  return StepSource(schedule, Shards(num_shards, own), **options)
 
 
 def _shard_texts(pairs, shard, num_shards) -> list[list[int]]:
@@ -87,7 +97,9 @@ def _numbers(batch, num_shards=1) -> list[int]:
 
 
 def _assert_same(a, b):
-  assert (a.step, a.task, a.real_tokens) == (b.step, b.task, b.real_tokens)
+  for name in ("step", "task", "epoch", "real_tokens", "duplicates"):
+    assert getattr(a, name) == getattr(b, name)
+  assert a.records.tolist() == b.records.tolist()
   assert _examples(a) == _examples(b)
 
 
@@ -138,7 +150,7 @@ def test_neither_shards_nor_microbatches_change_an_example(
 @pytest.mark.parametrize("own", [[0], [3], [0, 1], [2, 3], [3, 0]])
 def test_a_process_has_its_part_of_the_batch(tasks, own):
   whole = _source(tasks, num_shards=4, microbatch_tokens=128)
-  part = _source(tasks, num_shards=4, microbatch_tokens=128, own_shards=own)
+  part = _source(tasks, num_shards=4, microbatch_tokens=128, own=own)
   for step in range(6):
     ours, expected = part.batch(step), whole.batch(step)
     assert (ours.real_tokens, ours.slots) == (expected.real_tokens, expected.slots)
@@ -156,29 +168,6 @@ def test_a_process_has_its_part_of_the_batch(tasks, own):
       np.testing.assert_array_equal(
         getattr(ours.arrays, name), taken(getattr(expected.arrays, name), 0)
       )
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 1000])
-def test_shuffled_is_a_permutation(size):
-  positions = np.arange(size)
-  orders = [shuffled(positions, size, key) for key in (1, 2, 2**64 - 1)]
-  for order in orders:
-    assert sorted(order) == list(range(size))
-    np.testing.assert_array_equal(shuffled(positions[1:], size, 1), orders[0][1:])
-  if size > 10:
-    assert len({tuple(order) for order in orders}) == 3
-
-
-def test_shuffled_is_even():
-  """Any place is as likely for any position: chi-squared within 5 deviations."""
-  orders = np.array([shuffled(np.arange(10), 10, key) for key in range(3000)])
-  counts = np.array([np.bincount(column, minlength=10) for column in orders.T])
-  statistic = ((counts - 300) ** 2 / 300).sum()
-  freedom = 81
-  assert abs(statistic - freedom) < 5 * np.sqrt(2 * freedom)
-  # And neighbours do not stay neighbours.
-  apart = np.abs(np.diff(orders.astype(int), axis=1)) == 1
-  assert apart.mean() == pytest.approx(0.2, abs=0.02)
 
 
 def test_seed_and_batch_size_change_the_examples(tasks):
@@ -206,22 +195,29 @@ def test_resuming_is_skipping(tasks):
     _assert_same(batch, source.batch(step))
 
 
-def test_worker_processes_keep_order_and_content(tasks):
-  source = _source(tasks)
-  batches = read_batches(source, 5, num_threads=2, num_workers=2)
-  for step, batch in zip(range(5, 14), batches, strict=False):
-    _assert_same(batch, source.batch(step))
+def test_worker_processes_keep_order_and_content(taught):
+  tasks, teachers, _ = taught
+  source = _source(tasks, avoid_duplicates=True, teachers=teachers)
+  batches = read_batches(source, 17, num_threads=2, num_workers=4)
+  for step, batch in zip(range(17, 57), batches, strict=False):
+    expected = source.batch(step)
+    _assert_same(batch, expected)
+    for name in ("teacher", "teacher_mask"):
+      ours, theirs = getattr(batch.arrays, name), getattr(expected.arrays, name)
+      np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("examples", "size"), [(105, 8), (16, 8), (9, 9), (1, 1)])
-def test_an_epoch_has_every_example_at_most_once(tmp_path, examples, size):
-  task = _write(tmp_path, "task", examples, negatives=0)
+def test_an_epoch_has_every_example_at_most_once(make_task, examples, size):
+  task = make_task(examples)
   source = _source([task], size)
   steps = examples // size
   orders = []
   for epoch in range(3):
     batches = [source.batch(epoch * steps + step) for step in range(steps)]
+    assert {batch.epoch for batch in batches} == {epoch}
     numbers = [number for batch in batches for number in _numbers(batch)]
+    assert numbers == np.concatenate([batch.records for batch in batches]).tolist()
     assert len(set(numbers)) == steps * size
     assert set(numbers) <= set(range(examples))
     orders.append(tuple(numbers))
@@ -230,47 +226,14 @@ def test_an_epoch_has_every_example_at_most_once(tmp_path, examples, size):
     assert tuple(sorted(orders[0])) != orders[0]
 
 
-def test_what_an_epoch_leaves_out_changes(tmp_path):
-  task = _write(tmp_path, "task", 15, negatives=0)
+def test_what_an_epoch_leaves_out_changes(make_task):
+  task = make_task(15)
   source = _source([task], 8)
   left_out = {frozenset(range(15)) - set(_numbers(source.batch(e))) for e in range(20)}
   assert len(left_out) > 10
 
 
-def test_rates_are_kept():
-  """Within four standard deviations over 20,000 steps, across blocks."""
-  rates, steps = (1.0, 2.0, 5.0), 20_000
-  drawn = [scheduled_task(rates, 11, step) for step in range(steps)]
-  counts = np.bincount([task for task, _ in drawn], minlength=3)
-  expected = np.array(rates) / sum(rates) * steps
-  deviation = np.sqrt(expected * (1 - np.array(rates) / sum(rates)))
-  assert (np.abs(counts - expected) < 4 * deviation).all()
-  # Each task's batches are numbered without gaps, whatever the order of asking.
-  seen = [0, 0, 0]
-  for task, earlier in drawn:
-    assert earlier == seen[task]
-    seen[task] += 1
-  assert scheduled_task(rates, 11, steps - 1) == drawn[-1]
-  assert scheduled_task((10.0, 20.0, 50.0), 11, 12_345) == drawn[12_345]
-  assert [scheduled_task(rates, 12, step) for step in range(50)] != drawn[:50]
-
-
-def test_a_schedule_has_no_period():
-  """Blocks of the generator are not copies of each other."""
-  tasks = np.array([scheduled_task((1.0, 1.0), 0, step)[0] for step in range(16_384)])
-  first, *others = tasks.reshape(4, -1)
-  for other in others:
-    assert 0.45 < np.mean(first == other) < 0.55
-
-
-def test_batch_larger_than_a_task(tasks):
-  with pytest.raises(
-    ConfigError, match=r"BATCH_SIZE 64 is larger than task 'bare' \(50 examples\)"
-  ):
-    _source(tasks, 64)
-
-
-@pytest.mark.parametrize(("batch_size", "num_shards"), [(0, 1), (8, 3), (-8, 8)])
+@pytest.mark.parametrize(("batch_size", "num_shards"), [(8, 3), (12, 8)])
 def test_batch_and_shards(tasks, batch_size, num_shards):
   with pytest.raises(
     ConfigError, match=f"BATCH_SIZE {batch_size} must be a positive multiple of .* data"
@@ -278,14 +241,9 @@ def test_batch_and_shards(tasks, batch_size, num_shards):
     _source(tasks, batch_size, num_shards=num_shards)
 
 
-def test_token_ids_outside_the_table(tasks):
-  with pytest.raises(DataError, match="'plain' holds token id 4999, .* has 4999 rows"):
-    StepSource(tasks, 8, 0, 1, _VOCABULARY - 1)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_damaged_record(tmp_path, num_workers):
-  task = _write(tmp_path, "task", 8, negatives=0)
+def test_damaged_record(make_task, num_workers):
+  task = make_task(8)
   writer = array_record_module.ArrayRecordWriter(task.paths[0], "group_size:1")
   for _ in range(8):
     writer.write(b"\x02\0\0\0 no example")
@@ -295,10 +253,10 @@ def test_damaged_record(tmp_path, num_workers):
 
 
 @pytest.mark.parametrize("place", [70, 20_000])
-def test_damaged_shard(tmp_path, place):
+def test_damaged_shard(make_task, place):
   """As many bytes as were written, but not those."""
-  task = _write(tmp_path, "task", 400, negatives=0)
-  path = task.directory / "examples-00000.array_record"
+  task = make_task(400)
+  path = task.directory / "examples-00000-00000.array_record"
   content = bytearray(path.read_bytes())
   assert any(content[place : place + 64])
   content[place : place + 64] = bytes(64)
@@ -307,17 +265,187 @@ def test_damaged_shard(tmp_path, place):
     _source([task], 400).batch(0)
 
 
-def test_shard_that_is_no_shard(tmp_path):
-  task = _write(tmp_path, "task", 8, negatives=0)
-  (task.directory / "examples-00000.array_record").write_bytes(b"short")
+def test_shard_that_is_no_shard(make_task):
+  task = make_task(8)
+  (task.directory / "examples-00000-00000.array_record").write_bytes(b"short")
   with pytest.raises(DataError, match=f"{task.directory}: .*; delete it to rebuild"):
     _source([task])
 
 
-def test_lengths_of_other_examples(tmp_path):
-  task = _write(tmp_path, "task", 8, negatives=0)
+def test_lengths_of_other_examples(make_task):
+  task = make_task(8)
   lengths = np.load(task.directory / "lengths.npy")
   np.save(task.directory / "lengths.npy", lengths[::-1])
   source = _source([task])
   with pytest.raises(DataError, match=f"{task.directory}: .*; delete it to rebuild"):
     source.batch(0)
+
+
+def _teach(task, examples, width=6, dtype="float16", keep=0.8):
+  """Random vectors of most texts of a task; and the same by the text's tokens."""
+  rng = np.random.default_rng(len(task.name))
+  directory = pathlib.Path(task.directory)
+  store = VectorStore.create_or_open(directory / "vectors", width, dtype, "random")
+  rows, by_text = np.full(task.lengths().shape, -1), {}
+  for record, example in enumerate(examples):
+    for column, tokens in enumerate(example.tokens):
+      if rng.random() < keep:
+        rows[record, column] = len(by_text)
+        vector = rng.normal(size=width)
+        by_text[tuple(tokens.tolist())] = vector / np.linalg.norm(vector)
+  vectors = np.array(list(by_text.values()), dtype)
+  store.add(np.arange(len(vectors), dtype=np.uint64), vectors)
+  teacher_vectors.write(directory, "t", store, rows.shape, [rows])
+  kept = dict(zip(by_text, vectors, strict=True))
+  return TeacherVectors(directory, "t"), kept
+
+
+@pytest.fixture(scope="module")
+def taught(cached, tmp_path_factory):
+  """Tasks of which all but the last have a teacher, the first is symmetric; vectors."""
+  directory = tmp_path_factory.mktemp("taught")
+  made = {"pairs": (160, 0), "triples": (130, 2), "alone": (90, 1)}
+  tasks, teachers, by_text = [], [], {}
+  for seed, (name, sizes) in enumerate(made.items()):
+    examples = list(_made(*sizes, seed))
+    tasks.append(cached(directory, name, examples, symmetric=name == "pairs"))
+    teachers.append(None)
+    if name != "alone":
+      teachers[-1], own = _teach(tasks[-1], examples)
+      by_text |= own
+  return tasks, teachers, by_text
+
+
+def _check_teacher(batch, by_text, num_shards):
+  """Each slot has the vector of the text that lies there, if that text has one."""
+  pairs = batch.arrays
+  assert pairs.teacher.shape == (len(pairs.slots), 6)
+  shards = (np.split(a, num_shards) for a in (pairs.slots, pairs.teacher))
+  masks = np.split(pairs.teacher_mask, num_shards)
+  for shard, (slots, vectors, mask) in enumerate(zip(*shards, masks, strict=True)):
+    texts = _shard_texts(pairs, shard, num_shards)
+    for slot, vector, present in zip(slots, vectors, mask, strict=True):
+      expected = by_text.get(tuple(texts[slot]))
+      assert present == (expected is not None)
+      np.testing.assert_array_equal(
+        vector, np.zeros(6) if expected is None else expected
+      )
+  return int(pairs.teacher_mask.sum())
+
+
+@pytest.mark.parametrize("num_shards", [1, 4])
+def test_teacher_vectors_are_those_of_the_texts(taught, num_shards):
+  tasks, teachers, by_text = taught
+  source = _source(tasks, num_shards=num_shards, teachers=teachers)
+  seen = {}
+  for step in range(24):
+    batch = source.batch(step)
+    assert batch.arrays.teacher.dtype == np.float16
+    found = _check_teacher(batch, by_text, num_shards)
+    seen[batch.task] = seen.get(batch.task, 0) + found
+  assert seen["alone"] == 0 < min(seen["pairs"], seen["triples"])
+
+
+def test_a_symmetric_task_swaps_all_that_its_texts_have(taught):
+  """Both texts of an example, their hashes and their vectors change places together."""
+  tasks, teachers, by_text = taught
+  pairs, examples = tasks[:1], list(_made(160, 0, 0))
+  source = _source(pairs, 16, num_shards=2, teachers=teachers[:1])
+  swapped = 0
+  for step in range(10):
+    batch = source.batch(step)
+    assert _check_teacher(batch, by_text, 2)
+    for query, positive, _, query_hash, positive_hash, _ in _examples(batch, 2):
+      example = examples[query[0]]
+      texts = [tokens.tolist() for tokens in example.tokens]
+      hashes = example.hashes.tolist()
+      if query == texts[1]:
+        swapped += 1
+        texts, hashes = texts[::-1], hashes[::-1]
+      assert [[query, positive], [query_hash, positive_hash]] == [texts, hashes]
+  assert 50 < swapped < 110
+
+
+def test_without_teachers_there_are_no_arrays(taught):
+  tasks, _, _ = taught
+  for teachers in (None, [None] * 3):
+    pairs = _source(tasks, teachers=teachers).batch(0).arrays
+    assert pairs.teacher is None
+    assert pairs.teacher_mask is None
+
+
+def test_one_dtype_for_all_tasks(cached, taught, tmp_path):
+  tasks, teachers, _ = taught
+  examples = list(_made(90, 1))
+  task = cached(tmp_path, "precise", examples)
+  precise, _ = _teach(task, examples, dtype="float32")
+  source = _source([tasks[1], task], teachers=[teachers[1], precise])
+  batches = [source.batch(step).arrays for step in range(8)]
+  assert {pairs.teacher.dtype for pairs in batches} == {np.dtype(np.float32)}
+
+
+def test_teachers_of_two_widths(cached, taught, tmp_path):
+  tasks, teachers, _ = taught
+  examples = list(_made(90, 1))
+  task = cached(tmp_path, "wide", examples)
+  wide, _ = _teach(task, examples, width=8)
+  with pytest.raises(
+    ConfigError, match="task 'wide' have width 8, those of task 'pairs' 6; .*teach"
+  ):
+    _source([*tasks, task], teachers=[*teachers, wide])
+
+
+def test_a_teacher_of_other_examples(taught):
+  tasks, teachers, _ = taught
+  with pytest.raises(DataError, match=f"{tasks[0].directory}: .* run `embgemma teach`"):
+    _source(tasks[:1], teachers=teachers[1:2])
+
+
+def _digest(batches) -> list[str]:
+  """Of everything in each batch that may not depend on who reads it."""
+  found = []
+  for batch in batches:
+    parts = [batch.task, batch.epoch, batch.records.tobytes(), batch.real_tokens]
+    found.append(hashlib.blake2b(repr(parts).encode()).hexdigest())
+  return found
+
+
+def _of_processes(tasks, teachers, processes, steps):
+  """Batches of 8 shards as processes read them; and their arrays, put together."""
+  each = 8 // processes
+  shards = [range(p * each, (p + 1) * each) for p in range(processes)]
+  sources = [
+    _source(tasks, 16, num_shards=8, own=own, avoid_duplicates=True, teachers=teachers)
+    for own in shards
+  ]
+  for step in steps:
+    parts = [source.batch(step) for source in sources]
+    assert len(set(_digest(parts))) == 1
+    arrays = [
+      (
+        p.slots,
+        p.query_hash,
+        p.positive_hash,
+        p.negative_mask,
+        p.teacher,
+        p.teacher_mask,
+      )
+      for p in (part.arrays for part in parts)
+    ]
+    yield parts[0], [np.concatenate(a) for a in zip(*arrays, strict=True)]
+
+
+def test_processes_and_resuming_see_the_same_examples(taught):
+  """And the same teacher vectors, in the same places."""
+  tasks, teachers, _ = taught
+  expected = list(_of_processes(tasks, teachers, 1, range(90)))
+  assert len({batch.task for batch, _ in expected}) == 3
+  assert max(batch.epoch for batch, _ in expected) > 3
+  steps = [*range(8), *range(75, 90)]
+  for processes in (2, 8):
+    found = _of_processes(tasks, teachers, processes, steps)
+    for step, (batch, arrays) in zip(steps, found, strict=True):
+      one, whole = expected[step]
+      assert _digest([batch]) == _digest([one])
+      for ours, theirs in zip(arrays, whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs)

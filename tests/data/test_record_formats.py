@@ -11,6 +11,7 @@ from embgemma.data import record_formats
 from embgemma.data.bad_records import SkipLog
 from embgemma.data.record_formats import FORMATS
 from embgemma.data.sources import JsonlSource
+from embgemma.data.tokenization import pair_texts
 from embgemma.errors import ConfigError, DataError
 
 
@@ -135,14 +136,40 @@ def test_tevatron():
     {"query": "t", "positive_passages": []},
     log=log,
   )
-  negatives = ["N\ntext 3", "text 4"]
+  negatives = ["text 3", "text 4"]
   assert _brief(found) == [
-    ("q", "", "T\ntext 1", negatives),
+    ("q", "T", "text 1", negatives),
     ("q", "", "text 2", negatives),
     ("r", "T", "text 5", []),
     ("s", "", "no title", []),
   ]
+  assert [e.get("negative_titles") for e in found] == [["N", ""], ["N", ""], None, None]
   assert log.unused == {"queries without a positive passage": 1}
+
+
+def test_negatives_with_titles():
+  record = {"query": "q", "positive": "p", "title": "T"}
+  objects = [{"text": "n", "title": "N"}, "m", {"text": "o"}]
+  (found,) = _examples("pairs", record | {"negatives": objects})
+  assert found["negatives"] == ["n", "m", "o"]
+  assert found["negative_titles"] == ["N", "", ""]
+  listed = {"negatives": ["n", "m", "o"], "negative_titles": ["N", "", ""]}
+  assert _examples("pairs", record | listed) == [found]
+  assert pair_texts(found, "search").prompted[1:] == [
+    "title: T | text: p",
+    "title: N | text: n",
+    "title: none | text: m",
+    "title: none | text: o",
+  ]
+  assert pair_texts(found, "search").contents[1:] == ["T\np", "N\nn", "m", "o"]
+  for negatives, message in (
+    ([{"title": "N"}], r'negatives\[0\]: no "text"'),
+    ([{"text": "n", "title": 3}], r'negatives\[0\]: "title" must be a string'),
+  ):
+    with pytest.raises(DataError, match=message):
+      _examples("pairs", record | {"negatives": negatives})
+  with pytest.raises(DataError, match='"negative_titles" must be as many'):
+    _examples("pairs", record | listed | {"negative_titles": ["N"]})
 
 
 _PYTHON = '''def add(a, b):

@@ -142,6 +142,10 @@ def test_plans_are_the_same_for_the_same():
 def test_abstract_pairs(microbatch_tokens, groups):
   plan = shape_plan.plan_shapes(np.full((50, 3), 60), 32, 2, microbatch_tokens)
   pairs = packing.abstract_pairs(plan.typical, 32, 1, 2)
+  assert pairs.teacher is pairs.teacher_mask is None
+  taught = packing.abstract_pairs(plan.typical, 32, 1, 2, teacher_width=24)
+  assert (taught.teacher.shape, taught.teacher.dtype) == ((32 * 3, 24), np.float16)
+  assert (taught.teacher_mask.shape, taught.teacher_mask.dtype) == ((32 * 3,), bool)
   assert pairs.group_shapes(2) == plan.typical
   assert len({shape.microbatches for shape in plan.typical} & {1}) == (groups == 1)
   assert pairs.slots.shape == (32 * 3,)
