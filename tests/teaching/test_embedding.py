@@ -1,0 +1,170 @@
+"""Each distinct input once, in windows that are kept."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from embgemma.data.vector_store import VectorStore
+from embgemma.errors import DataError
+from embgemma.teaching import embedding
+from embgemma.teaching.embedding import EmbedCounts, embed_missing
+from embgemma.teaching.teachers import Input
+
+
+def _store(path, teacher) -> VectorStore:
+  return VectorStore.create_or_open(
+    path / "store", teacher.width, "float32", teacher.fingerprint
+  )
+
+
+def _inputs(numbers) -> list[Input]:
+  return [Input(f"text {number}", "task" * (number % 2)) for number in numbers]
+
+
+def _vectors(store, inputs) -> np.ndarray:
+  return store.gather(
+    store.locate(np.array([each.key() for each in inputs], np.uint64))
+  )
+
+
+def _quiet(line: str) -> None:
+  del line
+
+
+@hypothesis.given(
+  st.lists(st.integers(0, 40), max_size=80),
+  st.integers(0, 80),
+  st.integers(1, 9),
+  st.integers(1, 12),
+)
+@hypothesis.settings(max_examples=40)
+def test_distinct_inputs_are_embedded_once(
+  tmp_path_factory, fake, numbers, cut, window, looked_up
+):
+  """Of one call, and of one after another that was given some of them."""
+  path = tmp_path_factory.mktemp("embedding")
+  inputs = _inputs(numbers)
+  first, second = fake(window=window), fake(window=window)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(embedding, "_LOOKED_UP", looked_up)
+    known = embed_missing(_store(path, first), first, iter(inputs[:cut]), _quiet)
+    counts = embed_missing(_store(path, first), second, iter(inputs), _quiet)
+  distinct, earlier = list(dict.fromkeys(inputs)), set(inputs[:cut])
+  assert known == EmbedCounts(len(inputs[:cut]), len(earlier))
+  assert counts == EmbedCounts(len(inputs), len(distinct) - len(earlier))
+  lacking = [each for each in distinct if each not in earlier]
+  assert [each for call in second.embedded for each in call] == lacking
+  assert all(len(call) == window for call in second.embedded[:-1])
+  expected = np.array([first.vector(each) for each in inputs], np.float32)
+  np.testing.assert_array_equal(
+    _vectors(_store(path, first), inputs), expected.reshape(-1, 4)
+  )
+
+
+def test_long_texts_end_a_window(tmp_path, fake, monkeypatch):
+  monkeypatch.setattr(embedding, "_WINDOW_CHARACTERS", 50)
+  monkeypatch.setattr(embedding, "_GROUP_CHARACTERS", 30)
+  teacher = fake(window=100)
+  texts = ["a" * 20, "b" * 20, "c" * 20, "d" * 200, "e", "f"]
+  taken = []
+
+  def come():
+    for text in texts:
+      # Nothing is read on before a window of long texts is embedded.
+      taken.append(len(teacher.embedded))
+      yield Input(text)
+
+  embed_missing(_store(tmp_path, teacher), teacher, come(), _quiet)
+  sizes = [[len(each.text) for each in call] for call in teacher.embedded]
+  assert sizes == [[20, 20, 20], [200], [1, 1]]
+  assert taken == [0, 0, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+  ("shards", "order"), [(2, (0, 1)), (2, (1, 0)), (3, (2, 0, 1))]
+)
+def test_shards_make_what_one_makes(tmp_path, fake, shards, order):
+  inputs = _inputs(range(50))
+  whole = fake()
+  embed_missing(_store(tmp_path / "one", whole), whole, inputs, _quiet)
+  embedded = 0
+  for index in order:
+    teacher = fake()
+    store = _store(tmp_path / "many", teacher)
+    counts = embed_missing(store, teacher, inputs, _quiet, (index, shards))
+    assert 0 < counts.embedded < 50
+    assert all(
+      each.key() % shards == index for call in teacher.embedded for each in call
+    )
+    embedded += counts.embedded
+  assert embedded == 50
+  np.testing.assert_array_equal(
+    _vectors(_store(tmp_path / "many", whole), inputs),
+    _vectors(_store(tmp_path / "one", whole), inputs),
+  )
+
+
+def test_killed_in_any_window_it_goes_on(tmp_path, fake):
+  inputs = _inputs(range(50))
+  whole = fake()
+  embed_missing(_store(tmp_path / "whole", whole), whole, inputs, _quiet)
+  for call in range(len(whole.embedded)):
+    killed, after = fake(fail_at=call), fake()
+    path = tmp_path / str(call)
+    with pytest.raises(KeyboardInterrupt):
+      embed_missing(_store(path, killed), killed, inputs, _quiet)
+    embed_missing(_store(path, after), after, inputs, _quiet)
+    # The same windows: even vectors that depend on their window are the same.
+    assert killed.embedded + after.embedded == whole.embedded
+    np.testing.assert_array_equal(
+      _vectors(_store(path, after), inputs),
+      _vectors(_store(tmp_path / "whole", whole), inputs),
+    )
+
+
+def _spoil(vectors: np.ndarray, fault: str) -> np.ndarray:
+  if fault == "width":
+    return vectors[:, :3]
+  if fault == "number":
+    return vectors[:-1]
+  vectors = vectors.copy()
+  vectors[2] = {"nan": np.nan, "infinity": np.inf, "zero": 0}[fault]
+  return vectors
+
+
+@pytest.mark.parametrize(
+  ("fault", "message"),
+  [
+    ("width", "the vector of text 8, which begins 'text 8', has width 3, expected 4"),
+    ("number", "7 vectors for 8 texts, of which text 8 begins 'text 8'"),
+    ("nan", "the vector of text 10, which begins 'text 10', holds NaN"),
+    ("infinity", "text 10, which begins 'text 10', holds NaN or an infinity"),
+    ("zero", "text 10, which begins 'text 10', is zero"),
+  ],
+)
+def test_a_broken_teacher(tmp_path, fake, fault, message):
+  teacher = fake()
+  sound = teacher.encode
+
+  def encode(inputs):
+    vectors = sound(inputs)
+    return vectors if len(teacher.embedded) == 1 else _spoil(vectors, fault)
+
+  teacher.encode = encode
+  store = _store(tmp_path, teacher)
+  with pytest.raises(DataError, match=f"teacher fake.*{message}.*8 texts .* are kept"):
+    embed_missing(store, teacher, _inputs(range(20)), _quiet)
+  assert len(_store(tmp_path, teacher)) == len(store) == 8
+
+
+def test_progress(tmp_path, fake, monkeypatch):
+  monkeypatch.setattr(embedding, "_LOG_SECONDS", 0)
+  lines: list[str] = []
+  teacher = fake()
+  embed_missing(_store(tmp_path, teacher), teacher, _inputs(range(20)), lines.append)
+  assert [line.partition(" texts")[0] for line in lines] == [
+    "fake: 8",
+    "fake: 16",
+    "fake: 20",
+  ]
