@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Bool, Float, Int, UInt32
+from jaxtyping import Bool, Float, Int, Shaped, UInt32, UInt64
 
 Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
@@ -116,5 +116,7 @@ __all__ = [
   "PackedTexts",
   "Params",
   "PyTree",
+  "Shaped",
   "UInt32",
+  "UInt64",
 ]

@@ -58,8 +58,11 @@ def check_rates(how: str | int | float) -> None:
   Raises:
     ConfigError: it does not.
   """
-  number = isinstance(how, int | float) and not isinstance(how, bool)
-  if how in RATES or (number and math.isfinite(how) and how > 0):
+  if isinstance(how, str):
+    known = how in RATES
+  else:
+    known = not isinstance(how, bool) and math.isfinite(how) and how > 0
+  if known:
     return
   raise ConfigError(
     f"rates of a mixture are one of {', '.join(map(repr, RATES))}, or a temperature "

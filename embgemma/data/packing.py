@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from embgemma.errors import DataError
-from embgemma.typing import Array, ArrayLike, Float, Int, Leaf, PackedTexts
+from embgemma.typing import Array, ArrayLike, Float, Int, Leaf, PackedTexts, Shaped
 
 # Short texts do not pay the attention of long rows; few lengths, few compilations.
 ROW_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 2048)
@@ -269,7 +269,15 @@ def place_texts(
 @no_type_check
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["groups", "slots", "query_hash", "positive_hash", "negative_mask"],
+  data_fields=[
+    "groups",
+    "slots",
+    "query_hash",
+    "positive_hash",
+    "negative_mask",
+    "teacher",
+    "teacher_mask",
+  ],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +295,9 @@ class PackedPairs:
     query_hash: uint32 [B, 2], content hashes (JAX has no uint64 by default).
     positive_hash: Likewise.
     negative_mask: bool [B, M], False where an example has fewer than M negatives.
+    teacher: float16 or float32 [S * b * (2 + M), W], teacher vectors of the texts in
+      the order of `slots`; None without a teacher.
+    teacher_mask: bool [S * b * (2 + M)], False where a text has none; or None.
   """
 
   groups: Leaf
@@ -294,6 +305,8 @@ class PackedPairs:
   query_hash: Leaf
   positive_hash: Leaf
   negative_mask: Leaf
+  teacher: Leaf = None
+  teacher_mask: Leaf = None
 
   def group_shapes(self, num_shards: int) -> tuple[GroupShape, ...]:
     """Shapes of the groups in one of S shards."""
@@ -318,18 +331,32 @@ def split_roles(
     slots: See `PackedPairs`.
     examples: b.
   """
-  roles = jnp.take(vectors, slots, axis=0, mode="fill", fill_value=0)
-  width = vectors.shape[-1]
-  negatives = slots.shape[0] // examples - 2
-  return (
-    roles[:examples],
-    roles[examples : 2 * examples],
-    roles[2 * examples :].reshape(examples, negatives, width),
-  )
+  return by_role(jnp.take(vectors, slots, axis=0, mode="fill", fill_value=0), examples)
+
+
+def by_role(
+  texts: Shaped[ArrayLike, "n *rest"], examples: int
+) -> tuple[
+  Shaped[Array, "b *rest"], Shaped[Array, "b *rest"], Shaped[Array, "b M *rest"]
+]:
+  """What queries, positives and negatives of one shard have, of values in their order.
+
+  Args:
+    texts: In the order of `PackedPairs.slots`.
+    examples: b.
+  """
+  texts = jnp.asarray(texts)
+  query, positive, negatives = jnp.split(texts, [examples, 2 * examples])
+  each = texts.shape[0] // examples - 2
+  return query, positive, negatives.reshape(examples, each, *texts.shape[1:])
 
 
 def abstract_pairs(
-  shapes: Sequence[GroupShape], batch_size: int, negatives: int, num_shards: int
+  shapes: Sequence[GroupShape],
+  batch_size: int,
+  negatives: int,
+  num_shards: int,
+  teacher_width: int | None = None,
 ) -> PackedPairs:
   """Shapes and dtypes of a global batch, as ShapeDtypeStruct.
 
@@ -338,7 +365,9 @@ def abstract_pairs(
     batch_size: B.
     negatives: M.
     num_shards: S.
+    teacher_width: W, of vectors in half precision; None is without a teacher.
   """
+  texts = batch_size * (2 + negatives)
 
   def array(*shape: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype))
@@ -348,10 +377,16 @@ def abstract_pairs(
     by_text = array(shape.microbatches, num_shards * shape.slots)
     return PackedTexts(by_row, by_row, by_row, by_text, by_text)
 
+  teacher = teacher_mask = None
+  if teacher_width is not None:
+    teacher = array(texts, teacher_width, dtype="float16")
+    teacher_mask = array(texts, dtype="bool")
   return PackedPairs(
     groups=tuple(group(shape) for shape in shapes),
-    slots=array(batch_size * (2 + negatives)),
+    slots=array(texts),
     query_hash=array(batch_size, 2, dtype="uint32"),
     positive_hash=array(batch_size, 2, dtype="uint32"),
     negative_mask=array(batch_size, negatives, dtype="bool"),
+    teacher=teacher,
+    teacher_mask=teacher_mask,
   )

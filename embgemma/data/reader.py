@@ -1,14 +1,12 @@
-"""Batches as a pure function of (seed, step, global batch size).
+"""Packed batches of pairs, as a pure function of (seed, step, global batch size).
 
-Each step's batch holds examples of one task, drawn from the mixture's rates by a
-counter-based generator; a task's examples come in a new pseudo-random order every
-epoch. Grain reads ahead in threads or worker processes. Neither their number nor
-that of data shards, processes or microbatches changes which examples a step sees.
+`embgemma.data.schedule` says which examples a step sees. Here they are read, packed and
+joined by their teacher vectors, in threads or worker processes ahead of the trainer.
+Neither their number nor that of data shards, processes or microbatches changes which
+examples a step sees.
 """
 
-import contextlib
 import dataclasses
-import functools
 import multiprocessing
 import os
 import signal
@@ -22,82 +20,13 @@ from absl import flags
 
 from embgemma.data import packing, shape_plan
 from embgemma.data.cache import CachedTask
-from embgemma.data.records import Records, decode_records
-from embgemma.data.tasks import digest
+from embgemma.data.records import Records
+from embgemma.data.schedule import RecordSchedule, ScheduledBatch, swapped
+from embgemma.data.teacher_vectors import TeacherVectors
 from embgemma.errors import ConfigError, DataError
-from embgemma.typing import Int, PackedTexts, PyTree
+from embgemma.typing import Bool, Float, Int, PackedTexts, PyTree
 
-_BLOCK = 4096  # steps drawn from one counter of the generator
 _MAX_STEPS = 2**40
-_PLANNED_EXAMPLES = 16_384  # whose lengths a task's shapes are planned from
-_ROUNDS = 6  # of the Feistel network
-
-
-@functools.cache
-def _drawn(rates: tuple[float, ...], seed: int, block: int) -> np.ndarray:
-  """Task indices of the steps of one block."""
-  generator = np.random.Generator(np.random.Philox(key=seed, counter=block << 64))
-  edges = np.cumsum(rates)
-  return np.searchsorted(edges, generator.random(_BLOCK) * edges[-1], side="right")
-
-
-@functools.cache
-def _drawn_before(rates: tuple[float, ...], seed: int, block: int) -> np.ndarray:
-  """Steps of each task in all earlier blocks."""
-  counts = np.zeros(len(rates), np.int64)
-  for earlier in range(block):
-    counts += np.bincount(_drawn(rates, seed, earlier), minlength=len(rates))
-  return counts
-
-
-def scheduled_task(rates: tuple[float, ...], seed: int, step: int) -> tuple[int, int]:
-  """The index of a step's task, and how many earlier steps had the same task.
-
-  Args:
-    rates: Mixture weights, any positive scale.
-    seed: Of the run.
-    step: From 0.
-  """
-  block, offset = divmod(step, _BLOCK)
-  drawn = _drawn(rates, seed, block)
-  task = int(drawn[offset])
-  earlier = int(np.count_nonzero(drawn[:offset] == task))
-  return task, int(_drawn_before(rates, seed, block)[task]) + earlier
-
-
-def shuffled(
-  positions: Int[np.ndarray, " n"], size: int, key: int
-) -> Int[np.ndarray, " n"]:
-  """Where a pseudo-random permutation of range(size) takes the positions.
-
-  A Feistel network on the next power of four, walked again from what falls outside
-  (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002, section 4):
-  any part of the permutation costs only itself.
-
-  Args:
-    positions: In range(size).
-    size: Of the range.
-    key: Of the permutation, 64 bits.
-  """
-  half = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-  mask = (np.uint64(1) << half) - np.uint64(1)
-  keys = np.random.Generator(np.random.Philox(key=key)).integers(
-    2**64, size=_ROUNDS, dtype=np.uint64
-  )
-  values = positions.astype(np.uint64)
-  outside = np.arange(len(values))
-  while len(outside):
-    walked = values[outside]
-    left, right = walked >> half, walked & mask
-    for round_key in keys:
-      # The finaliser of MurmurHash3; unsigned products wrap around.
-      mixed = right ^ round_key
-      mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-      mixed = (mixed ^ (mixed >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-      left, right = right, left ^ ((mixed >> np.uint64(33)) & mask)
-    values[outside] = left << half | right
-    outside = outside[values[outside] >= size]
-  return values.astype(np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,221 +36,215 @@ class StepBatch:
   Attributes:
     step: From 0.
     task: Name of the task.
+    epoch: Of the task, from 0.
+    records: int64 [B], which examples of the task's cache, in the order of the batch.
     arrays: The packed examples of this process's shards, numpy: PackedPairs or
       PackedSequences.
     real_tokens: Tokens of texts in the whole batch.
     slots: Tokens that the whole batch has room for.
+    duplicates: Examples of the whole batch that share a query or a positive with one
+      before them; None is not counted.
   """
 
   step: int
   task: str
+  epoch: int
+  records: np.ndarray
   arrays: PyTree
   real_tokens: int
   slots: int
+  duplicates: int | None = None
 
 
 @runtime_checkable
 class BatchSource(Protocol):
   """The batch of any step, as a function of the step alone; can be pickled."""
 
-  def batch(self, step: int) -> StepBatch: ...
+  def batch(self, step: int) -> StepBatch:
+    """The batch of a step, from 0."""
+    ...
 
-
-@contextlib.contextmanager
-def _damage(task: CachedTask) -> Iterator[None]:
-  try:
-    yield
-  except (DataError, RuntimeError) as error:  # RuntimeError: ArrayRecord's checksums
-    raise DataError(f"{task.directory}: {error}; delete it to rebuild it") from error
+  def epochs(self, step: int) -> dict[str, float]:
+    """Of each task, the epochs that the steps before this one took."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
-class ScheduledBatch:
-  """Which examples a step sees.
+class Shards:
+  """How a batch is split over data shards, and which of them this process reads.
 
   Attributes:
-    index: Of the task.
-    epoch: Of the task, from 0.
-    records: int [B], in the order of the batch.
-    lengths: int [B, T], tokens of their texts; 0 is none.
+    count: Data shards of the mesh, S.
+    own: Those that this process reads and packs, in the order in which their arrays lie
+      end to end; None is all.
   """
 
-  index: int
-  epoch: int
-  records: np.ndarray
-  lengths: np.ndarray
+  count: int = 1
+  own: Sequence[int] | None = None
 
+  @property
+  def indices(self) -> list[int]:
+    """Of this process's shards."""
+    return list(range(self.count) if self.own is None else self.own)
 
-class RecordSchedule:
-  """Which examples of which task a step sees, and reading them.
-
-  Args:
-    tasks: Complete caches.
-    batch_size: B, examples of the global batch.
-    seed: Of the run.
-    num_shards: Data shards of the mesh; divides batch_size.
-    vocabulary_size: Rows of the model's table, against which caches are checked.
-
-  Attributes:
-    tasks: As given.
-
-  Raises:
-    ConfigError: batch_size is larger than a task, or not divided by num_shards.
-    DataError: a cache holds token ids outside the table, or cannot be read.
-  """
-
-  def __init__(
-    self,
-    tasks: Sequence[CachedTask],
-    batch_size: int,
-    seed: int,
-    num_shards: int,
-    vocabulary_size: int,
-  ):
-    if batch_size < 1 or batch_size % num_shards:
-      raise ConfigError(
-        f"BATCH_SIZE {batch_size} must be a positive multiple of the mesh's "
-        f"{num_shards} data shards"
-      )
-    for task in tasks:
-      _check_task(task, batch_size, vocabulary_size)
-    self.tasks = list(tasks)
-    self._batch_size = batch_size
-    self._seed = seed
-    self._rates = tuple(float(task.rate) for task in tasks)
-    self._sources = []
-    for task in tasks:
-      with _damage(task):
-        self._sources.append(grain.sources.ArrayRecordDataSource(task.paths))
-    self._open_lengths()
-
-  def _open_lengths(self) -> None:
-    self._lengths = []
-    for task in self.tasks:
-      with _damage(task):
-        self._lengths.append(task.lengths())
-
-  def __getstate__(self):
-    # A worker process maps the lengths for itself; a pickle would hold them all.
-    return {k: v for k, v in self.__dict__.items() if k != "_lengths"}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._open_lengths()
-
-  def sample(self, index: int) -> Int[np.ndarray, "n T"]:
-    """Lengths of some examples, from all over a task."""
-    lengths = self._lengths[index]
-    count = min(len(lengths), _PLANNED_EXAMPLES)
-    return lengths[np.sort(shuffled(np.arange(count), len(lengths), 0))].astype(int)
-
-  def at(self, step: int) -> ScheduledBatch:
-    """The examples of a step, from 0; an epoch of a task ends on a batch."""
-    index, earlier = scheduled_task(self._rates, self._seed, step)
-    size = self.tasks[index].statistics["examples"]
-    epoch, batch = divmod(earlier, size // self._batch_size)
-    key = int(digest([self._seed, self.tasks[index].name, epoch]), 16)
-    start = batch * self._batch_size
-    records = shuffled(np.arange(start, start + self._batch_size), size, key)
-    lengths = self._lengths[index][records].astype(int)
-    return ScheduledBatch(index, epoch, records, lengths)
-
-  def read(self, batch: ScheduledBatch, own: Int[np.ndarray, " b"]) -> Records:
-    """Some examples of a batch.
-
-    Args:
-      batch: Scheduled.
-      own: Their places in it.
+  def check(self, batch_size: int) -> None:
+    """Returns nothing if batches can be split.
 
     Raises:
-      DataError: the cache is damaged.
+      ConfigError: they cannot, evenly.
     """
-    with _damage(self.tasks[batch.index]):
-      read = self._sources[batch.index].__getitems__(batch.records[own].tolist())
-      records = decode_records(read, batch.lengths.shape[1])
-      if not np.array_equal(records.lengths, batch.lengths[own]):
-        raise DataError("lengths.npy is not of these examples")
-    return records
+    if batch_size % self.count:
+      raise ConfigError(
+        f"BATCH_SIZE {batch_size} must be a positive multiple of the mesh's "
+        f"{self.count} data shards"
+      )
 
 
 class StepSource:
   """The batch of pairs of any step.
 
   Args:
-    tasks: Complete caches.
-    batch_size: B, examples of the global batch.
-    seed: Of the run.
-    num_shards: Data shards of the mesh; divides batch_size.
-    vocabulary_size: Rows of the model's table, against which caches are checked.
-    own_shards: Shards that this process reads and packs, in the order in which their
-      arrays lie end to end; None is all.
+    schedule: Which examples a step sees.
+    shards: Of the mesh.
     microbatch_tokens: Token slots of one shard's microbatch; None is all at once.
     row_lengths: That tasks' batches may use.
+    teachers: Teacher vectors of each task; None for a task, and all together, is
+      without. If one has them all batches have arrays of them, zeros where none are.
 
   Attributes:
     plans: Shapes of each task's batches.
 
   Raises:
-    ConfigError: batch_size is larger than a task, or not divided by num_shards.
-    DataError: a cache holds token ids outside the table, or cannot be read, or a text
-      is longer than the longest row.
+    ConfigError: the batch size is not divided by the shards, or teacher vectors are of
+      different widths.
+    DataError: a text is longer than the longest row, or teacher vectors are not of
+      the tasks' examples.
   """
 
   def __init__(
     self,
-    tasks: Sequence[CachedTask],
-    batch_size: int,
-    seed: int,
-    num_shards: int,
-    vocabulary_size: int,
-    own_shards: Sequence[int] | None = None,
+    schedule: RecordSchedule,
+    shards: Shards = Shards(),
     microbatch_tokens: int | None = None,
     row_lengths: Sequence[int] = packing.ROW_LENGTHS,
+    teachers: Sequence[TeacherVectors | None] | None = None,
   ):
-    self._schedule = RecordSchedule(
-      tasks, batch_size, seed, num_shards, vocabulary_size
-    )
-    self._num_shards = num_shards
-    self._own_shards = list(range(num_shards) if own_shards is None else own_shards)
+    shards.check(schedule.batch_size)
+    self._schedule = schedule
+    self._shards = shards
+    self._teachers = None
+    if teachers is not None and any(teacher is not None for teacher in teachers):
+      self._teachers = _Teachers(schedule.tasks, teachers)
     self.plans = tuple(
       shape_plan.plan_shapes(
-        self._schedule.sample(index),
-        batch_size,
-        num_shards,
+        schedule.sample(index),
+        schedule.batch_size,
+        shards.count,
         microbatch_tokens,
         row_lengths,
         task.statistics["max_text_tokens"],
       )
-      for index, task in enumerate(tasks)
+      for index, task in enumerate(schedule.tasks)
     )
+
+  def epochs(self, step: int) -> dict[str, float]:
+    """Of each task, the epochs that the steps before this one took."""
+    return self._schedule.epochs(step)
 
   def batch(self, step: int) -> StepBatch:
     """The batch of a step, from 0."""
     scheduled = self._schedule.at(step)
     lengths = scheduled.lengths
-    shards = shape_plan.deal_examples(lengths, self._num_shards)
+    shards = shape_plan.deal_examples(lengths, self._shards.count)
     texts = [shape_plan.shard_texts(lengths[shard]) for shard in shards]
     shapes, placements = self.plans[scheduled.index].lay_out(texts)
-    own = np.concatenate([shards[shard] for shard in self._own_shards])
+    own = np.concatenate([shards[shard] for shard in self._shards.indices])
     records = self._schedule.read(scheduled, own)
-    pairs = _packed(records, shapes, [placements[shard] for shard in self._own_shards])
-    slots = self._num_shards * sum(shape.tokens for shape in shapes)
-    name = self._schedule.tasks[scheduled.index].name
-    return StepBatch(step, name, pairs, int(lengths.sum()), slots)
+    own_placements = [placements[shard] for shard in self._shards.indices]
+    pairs = _packed(records, shapes, own_placements)
+    if self._teachers is not None:
+      vectors, mask = self._teachers.gather(scheduled, own, len(own_placements))
+      pairs = dataclasses.replace(pairs, teacher=vectors, teacher_mask=mask)
+    return StepBatch(
+      step=step,
+      task=self._schedule.tasks[scheduled.index].name,
+      epoch=scheduled.epoch,
+      records=scheduled.records,
+      arrays=pairs,
+      real_tokens=int(lengths.sum()),
+      slots=self._shards.count * sum(shape.tokens for shape in shapes),
+      duplicates=scheduled.duplicates,
+    )
 
 
-def _check_task(task: CachedTask, batch_size: int, vocabulary_size: int) -> None:
-  if task.statistics["examples"] < batch_size:
-    raise ConfigError(
-      f"BATCH_SIZE {batch_size} is larger than task {task.name!r} "
-      f"({task.statistics['examples']} examples), and a batch holds one task "
-      "only; lower BATCH_SIZE or drop the task"
-    )
-  if task.statistics["max_token_id"] >= vocabulary_size:
-    raise DataError(
-      f"task {task.name!r} holds token id {task.statistics['max_token_id']}, the "
-      f"model's table has {vocabulary_size} rows; the vocabulary is not the model's"
-    )
+class _Teachers:
+  """Teacher vectors of a mixture's tasks, of one width and dtype.
+
+  Args:
+    tasks: Of the mixture.
+    teachers: Of each task; at least one is not None.
+
+  Raises:
+    ConfigError: widths differ.
+    DataError: vectors are of other examples than the task's.
+  """
+
+  def __init__(
+    self, tasks: Sequence[CachedTask], teachers: Sequence[TeacherVectors | None]
+  ):
+    widths = {}
+    for task, found in zip(tasks, teachers, strict=True):
+      if found is None:
+        continue
+      widths[task.name] = found.width
+      if (len(found), found.texts) != (task.statistics["examples"], task.texts):
+        raise DataError(
+          f"{task.directory}: teacher vectors are not of these examples; run "
+          "`embgemma teach` again"
+        )
+    first = next(iter(widths))
+    for name, width in widths.items():
+      if width != widths[first]:
+        raise ConfigError(
+          f"teacher vectors of task {name!r} have width {width}, those of task "
+          f"{first!r} {widths[first]}; run `embgemma teach` for both with one width, "
+          "under a new name"
+        )
+    self._teachers = list(teachers)
+    self._width = widths[first]
+    # A run's arrays have one dtype, or each would be compiled for.
+    self._dtype = np.result_type(*(t.dtype for t in teachers if t is not None))
+
+  def gather(
+    self, batch: ScheduledBatch, own: Int[np.ndarray, " n"], num_shards: int
+  ) -> tuple[Float[np.ndarray, "N W"], Bool[np.ndarray, " N"]]:
+    """Vectors of some shards' texts in the order of `PackedPairs.slots`, and which are.
+
+    Args:
+      batch: Scheduled.
+      own: Places of the shards' examples in it, a shard's after another.
+      num_shards: As many in each.
+    """
+    lengths = batch.lengths[own]
+    teacher = self._teachers[batch.index]
+    if teacher is None:
+      return (
+        np.zeros((lengths.size, self._width), self._dtype),
+        np.zeros(lengths.size, bool),
+      )
+    vectors, mask = teacher.gather(batch.records[own])
+    vectors = swapped(vectors.astype(self._dtype, copy=False), batch.swapped[own])
+    mask = swapped(mask, batch.swapped[own]) & (lengths > 0)
+    return _by_role(vectors, num_shards), _by_role(mask, num_shards)
+
+
+def _by_role(texts: np.ndarray, num_shards: int) -> np.ndarray:
+  """Values of shards' texts [n, T, …] as `PackedPairs.slots` has them, [n * T, …]."""
+  parts: list[np.ndarray] = []
+  for shard in np.split(texts, num_shards):
+    negatives = shard[:, 2:].reshape(-1, *shard.shape[2:])
+    parts += [shard[:, 0], shard[:, 1], negatives]
+  return np.concatenate(parts)
 
 
 def _packed(

@@ -27,6 +27,8 @@ from embgemma.data.task_examples import TaskExamples
 from embgemma.data.tasks import CachedData, Task
 from embgemma.errors import ConfigError, DataError
 
+tf.config.set_visible_devices([], "GPU")  # JAX needs the memory
+
 # Prompts and tokenisation come after seqio, in Python (`cache`): SentencePiece
 # with Gemma's rules is not expressible as a TF op.
 _TEXT = seqio.PassThroughVocabulary(size=0)

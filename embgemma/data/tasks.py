@@ -364,6 +364,10 @@ class CachedData(abc.ABC):
     """What batches depend on beside the records."""
     return []
 
+  def batch_settings(self) -> dict[str, Any]:
+    """What batches depend on that caches do not."""
+    return {}
+
   def task_directory(self, name: str, vocabulary_fingerprint: str) -> str:
     """Of a task's cache, relative to the root; named by all that its records hold."""
     key = [
@@ -439,8 +443,8 @@ class DataConfig(CachedData):
   def record_key(self) -> list[Any]:
     return [sorted(self.lengths.items()), self.max_negatives]
 
-  def reading_key(self) -> list[Any]:
-    return [self.avoid_duplicates, self.teacher]
+  def batch_settings(self) -> dict[str, Any]:
+    return {"avoid_duplicates": self.avoid_duplicates, "teacher": self.teacher}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from embgemma.typing import Array, ArrayLike, Bool, Float
 
 METRICS = ("l2", "squared_l2", "cosine")
 ALIGNMENTS = ("straight", "prefix", "projection")
+ROLES = ("query", "positive", "negative")
 
 
 def distance(

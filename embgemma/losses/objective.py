@@ -16,6 +16,7 @@ from embgemma.losses.contrastive import Rows, nce
 from embgemma.losses.distillation import (
   ALIGNMENTS,
   METRICS,
+  ROLES,
   check_alignment,
   embedding_matching,
 )
@@ -37,7 +38,8 @@ class PairBatch:
   Embeddings have unit norm at full width. M may be 0; where `negative_mask` is
   False the negative is missing and its vector may be anything finite. The hashes
   are 64 bits of the text as two words. Teacher vectors are there for distillation
-  only.
+  only, of any float dtype; where a text has none its mask is False, and they may be
+  anything finite. Without a mask all have them.
   """
 
   query: Float[ArrayLike, "B E"]
@@ -49,6 +51,9 @@ class PairBatch:
   teacher_query: Float[ArrayLike, "B W"] | None = None
   teacher_positive: Float[ArrayLike, "B W"] | None = None
   teacher_negative: Float[ArrayLike, "B M W"] | None = None
+  teacher_query_mask: Bool[ArrayLike, " B"] | None = None
+  teacher_positive_mask: Bool[ArrayLike, " B"] | None = None
+  teacher_negative_mask: Bool[ArrayLike, "B M"] | None = None
 
 
 class TermValue(NamedTuple):
@@ -74,8 +79,8 @@ class Term(Protocol):
   def needs_teacher(self) -> bool:
     """Whether batches must have teacher vectors."""
 
-  def check(self, embedding_width: int) -> None:
-    """Raises ConfigError if the term cannot work at this embedding width."""
+  def check(self, embedding_width: int, teacher_width: int | None = None) -> None:
+    """Raises ConfigError if the term cannot work at these widths, None being any."""
 
   def init(self, key: Array, embedding_width: int) -> Params:
     """What the term learns beside the model; empty if nothing."""
@@ -113,7 +118,7 @@ class Nce:
         "such as 0.05."
       )
 
-  def check(self, embedding_width: int) -> None:
+  def check(self, embedding_width: int, teacher_width: int | None = None) -> None:
     """Raises ConfigError if a width does not fit."""
     check_widths(self.name, self.widths, embedding_width)
 
@@ -149,7 +154,7 @@ class SpreadOut:
   def __post_init__(self) -> None:
     _freeze_widths(self)
 
-  def check(self, embedding_width: int) -> None:
+  def check(self, embedding_width: int, teacher_width: int | None = None) -> None:
     """Raises ConfigError if a width does not fit."""
     check_widths(self.name, self.widths, embedding_width)
 
@@ -174,14 +179,15 @@ class SpreadOut:
 class EmbeddingMatching:
   """Distillation from teacher vectors: `embedding_matching` summed over roles.
 
-  `widths` is the full width only where None, as in EmbeddingGemma
-  (arXiv:2509.20354). `metric` is one of 'l2', 'squared_l2', 'cosine' and
-  `alignment` one of 'straight', 'prefix', 'projection'; the last learns one kernel
-  a width and needs `teacher_width`.
+  `widths` is the full width only where None, and `roles` are all, as in EmbeddingGemma
+  (arXiv:2509.20354). `metric` is one of 'l2', 'squared_l2', 'cosine' and `alignment`
+  one of 'straight', 'prefix', 'projection'; the last learns one kernel a width and
+  needs `teacher_width`. The mean of a role is over the texts that have a teacher's
+  vector, of whose share of all there is a diagnostic `NAME/taught`.
 
   Raises:
-    ConfigError: for another metric or alignment, or 'projection' without
-      `teacher_width`.
+    ConfigError: for another metric, alignment or role, no role, or 'projection'
+      without `teacher_width`.
   """
 
   weight: float = 1.0
@@ -189,33 +195,52 @@ class EmbeddingMatching:
   metric: str = "l2"
   alignment: str = "prefix"
   teacher_width: int | None = None
+  roles: Sequence[str] = ROLES
   name: str = "embedding_matching"
 
   needs_teacher = True
 
   def __post_init__(self) -> None:
     _freeze_widths(self)
+    object.__setattr__(self, "roles", tuple(self.roles))
     for field, value, known in (
       ("metric", self.metric, METRICS),
       ("alignment", self.alignment, ALIGNMENTS),
+      *(("role", role, ROLES) for role in self.roles),
     ):
       if value not in known:
         raise ConfigError(
           f"Term '{self.name}' has {field} '{value}'; give one of {', '.join(known)}."
         )
+    if not self.roles or len(set(self.roles)) != len(self.roles):
+      raise ConfigError(
+        f"Term '{self.name}' has roles {list(self.roles)}; give some of "
+        f"{', '.join(ROLES)}, each once, or drop the term."
+      )
     if self.alignment == "projection" and self.teacher_width is None:
       raise ConfigError(
         f"Term '{self.name}' projects to the teacher's width, which is not given; set "
         "its `teacher_width`."
       )
 
-  def check(self, embedding_width: int) -> None:
+  def check(self, embedding_width: int, teacher_width: int | None = None) -> None:
     """Raises ConfigError if a width does not fit the embedding or the teacher."""
     widths = self._widths(embedding_width)
     check_widths(self.name, widths, embedding_width)
-    if self.teacher_width is not None:
+    if teacher_width is not None:
+      self._check_teacher(teacher_width)
+    known = self.teacher_width if teacher_width is None else teacher_width
+    if known is not None:
       for width in widths:
-        check_alignment(self.name, self.alignment, width, self.teacher_width)
+        check_alignment(self.name, self.alignment, width, known)
+
+  def _check_teacher(self, width: int) -> None:
+    if self.teacher_width not in (None, width):
+      raise ConfigError(
+        f"Term '{self.name}' expects teacher vectors of width {self.teacher_width}, "
+        f"but the run's have {width}; set its `teacher_width` to that, or TEACHER to "
+        "vectors of the right width (`embgemma teach`)."
+      )
 
   def init(self, key: Array, embedding_width: int) -> Params:
     """For 'projection', a kernel [width, teacher_width] under each width's name."""
@@ -245,12 +270,12 @@ class EmbeddingMatching:
       kernel = self._kernel(params, width)
       losses[width] = sum(
         (
-          self._match(truncate(student, width), teacher, mask, kernel, axes)
-          for student, teacher, mask in roles
+          self._match(truncate(student, width), teacher, mask & taught, kernel, axes)
+          for student, teacher, mask, taught in roles
         ),
         start=jnp.zeros(()),
       )
-    return TermValue(losses, diagnostics={})
+    return TermValue(losses, {f"{self.name}/taught": _taught(roles, axes)})
 
   def _widths(self, embedding_width: int) -> Sequence[int]:
     return (embedding_width,) if self.widths is None else self.widths
@@ -259,41 +284,35 @@ class EmbeddingMatching:
     self,
     student: Float[ArrayLike, "*n K"],
     teacher: Float[ArrayLike, "*n W"],
-    mask: Bool[ArrayLike, "*n"] | None,
+    mask: Bool[ArrayLike, "*n"],
     kernel: Float[ArrayLike, "K W"] | None,
     axes: Sequence[str],
   ) -> Float[Array, ""]:
-    width, teacher_width = student.shape[-1], teacher.shape[-1]
-    if self.teacher_width not in (None, teacher_width):
-      raise ConfigError(
-        f"Term '{self.name}' expects teacher vectors of width {self.teacher_width}, "
-        f"but the batch's have {teacher_width}; set its `teacher_width` to that, or "
-        "cache the vectors of the right teacher."
-      )
-    check_alignment(self.name, self.alignment, width, teacher_width)
+    self._check_teacher(teacher.shape[-1])
+    check_alignment(self.name, self.alignment, student.shape[-1], teacher.shape[-1])
     return embedding_matching(
       student, teacher, mask, self.metric, self.alignment, kernel, axes
     )
 
   def _roles(
     self, batch: PairBatch
-  ) -> Iterator[tuple[ArrayLike, ArrayLike, ArrayLike | None]]:
-    """Student, teacher and mask of each role that the batch has."""
-    roles = (
-      ("query", batch.query, batch.teacher_query, None),
-      ("positive", batch.positive, batch.teacher_positive, None),
-      ("negative", batch.negative, batch.teacher_negative, batch.negative_mask),
-    )
-    for role, student, teacher, mask in roles:
+  ) -> Iterator[tuple[ArrayLike, ArrayLike, Array, Array]]:
+    """Of each role: student, teacher, which texts there are, which have a teacher."""
+    for role in self.roles:
+      student = getattr(batch, role)
+      teacher = getattr(batch, f"teacher_{role}")
       if student.size == 0:
         continue
       if teacher is None:
         raise ConfigError(
           f"Term '{self.name}' needs teacher vectors, but the batch has none for role "
-          f"'{role}'; add them to the cache of every task in the mixture (`embgemma "
-          "teach`), or take the term out of the objective."
+          f"'{role}'; make them (`embgemma teach`), or take the term out of the "
+          "objective."
         )
-      yield student, teacher, mask
+      everything = jnp.ones(student.shape[:-1], bool)
+      taught = getattr(batch, f"teacher_{role}_mask")
+      there = batch.negative_mask if role == "negative" else everything
+      yield student, teacher, there, everything if taught is None else taught
 
   def _kernel(self, params: Params, width: int) -> Array | None:
     if self.alignment != "projection":
@@ -340,14 +359,30 @@ class Objective:
     """Whether any term needs teacher vectors in the batch."""
     return any(term.needs_teacher for term in self.terms)
 
-  def check(self, embedding_width: int) -> None:
-    """Returns nothing if every term can work at this embedding width.
+  def teacher_width(self, embedding_width: int) -> int | None:
+    """The width of teacher vectors as far as the terms say; None if none needs any.
+
+    That is the widest that a term is given, or matches.
+    """
+    widths = [
+      term.teacher_width or max(term.widths or (embedding_width,))
+      for term in self.terms
+      if isinstance(term, EmbeddingMatching)
+    ]
+    return max(widths, default=None)
+
+  def check(self, embedding_width: int, teacher_width: int | None = None) -> None:
+    """Returns nothing if every term can work at these widths.
+
+    Args:
+      embedding_width: E.
+      teacher_width: W; None is not known, or no teacher.
 
     Raises:
       ConfigError: naming the term and the width that cannot.
     """
     for term in self.terms:
-      term.check(embedding_width)
+      term.check(embedding_width, teacher_width)
 
   def init(self, key: Array, embedding_width: int) -> dict[str, Params]:
     """The parameters of the terms that learn any, by term name, float32.
@@ -376,9 +411,9 @@ class Objective:
     their gradient.
 
     The metrics are those of the whole batch, without gradient: `loss`, each term's
-    unweighted `NAME/WIDTH`, and the diagnostics of the term with the widest width
-    that has any: `similarity/positive`, `similarity/negative`,
-    `similarity/hard_negative` and `accuracy`.
+    unweighted `NAME/WIDTH`, and the terms' diagnostics, of those with the same that of
+    the widest width: `similarity/positive`, `similarity/negative`,
+    `similarity/hard_negative`, `accuracy`, and of distillation `NAME/taught`.
 
     Raises:
       ConfigError: as `check` does, or if a term needs teacher vectors and the batch
@@ -388,16 +423,28 @@ class Objective:
     loss = jnp.zeros((), jnp.float32)
     shares: Metrics = {}
     diagnostics: Metrics = {}
-    widest = 0
+    widest: dict[str, int] = {}
     for term in self.terms:
       value = term(batch, params.get(term.name, {}), axes)
       loss += term.weight * sum(value.losses.values())
       shares |= {f"{term.name}/{width}": x for width, x in value.losses.items()}
-      if value.diagnostics and max(value.losses) > widest:
-        diagnostics = value.diagnostics
-        widest = max(value.losses)
+      for name, diagnostic in value.diagnostics.items():
+        if max(value.losses) > widest.get(name, 0):
+          diagnostics[name] = diagnostic
+          widest[name] = max(value.losses)
     shares = jax.lax.stop_gradient({"loss": loss, **shares})
     return loss, global_batch.total(shares, axes) | diagnostics
+
+
+def _taught(
+  roles: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+  axes: Sequence[str],
+) -> Float[Array, ""]:
+  """Of the texts of the roles, the share that has a teacher's vector."""
+  there = sum((jnp.sum(r[2], dtype=jnp.float32) for r in roles), jnp.zeros(()))
+  taught = sum((jnp.sum(r[2] & r[3], dtype=jnp.float32) for r in roles), jnp.zeros(()))
+  both = global_batch.total((taught, there), axes)
+  return both[0] / jnp.maximum(both[1], 1.0)
 
 
 def _freeze_widths(term: Any) -> None:

@@ -9,7 +9,8 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from embgemma.data.tasks import CachedData
+from embgemma.data.cache import CachedTask, Manifest
+from embgemma.data.tasks import CachedData, Task
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
 from embgemma.losses.denoising import logits_bytes
@@ -169,24 +170,32 @@ def _task_table(data: CachedData, train_steps: int, batch_size: int) -> Table:
   """Rate, size and expected use of each task; sizes are known once it is cached."""
   manifest = complete_caches(data)
   if manifest is None:
-    tasks = [(task.name, task.rate, None) for task in data.selected()]
-    title = "tasks (sizes after `embgemma cache`)"
+    title = f"tasks, {data.rates} rates (sizes after `embgemma cache`)"
   else:
-    tasks = [(task.name, task.rate, task.statistics) for task in manifest.tasks]
-    title = "tasks"
+    title = f"tasks, {data.rates} rates"
   table = Table(title=title)
   for column in ("task", "rate", "steps", "examples", "epochs", "tokens"):
     table.add_column(column, justify="left" if column == "task" else "right")
-  total = sum(rate for _, rate, _ in tasks)
-  for name, rate, statistics in tasks:
-    steps = train_steps * rate / total
-    cells = ["–", "–", "–"]
-    if statistics is not None:
-      epochs = steps * batch_size / statistics["examples"]
-      cells = [
-        f"{statistics['examples']:,}",
-        f"{epochs:.2f}",
-        f"{epochs * statistics['tokens']:,.0f}",
-      ]
-    table.add_row(name, f"{rate / total:.3f}", f"{steps:,.0f}", *cells)
+  tasks: list[Task | CachedTask] = []
+  tasks += data.selected() if manifest is None else manifest.tasks
+  for task, share in zip(tasks, _shares(data, manifest), strict=True):
+    cells = ["–"] * 5
+    if share is not None:
+      cells[:2] = [f"{share:.3f}", f"{train_steps * share:,.0f}"]
+    if isinstance(task, CachedTask) and share is not None:
+      examples, tokens = (task.statistics[k] for k in ("examples", "tokens"))
+      epochs = train_steps * share * batch_size / examples
+      cells[2:] = [f"{examples:,}", f"{epochs:.2f}", f"{epochs * tokens:,.0f}"]
+    table.add_row(task.name, *cells)
   return table
+
+
+def _shares(data: CachedData, manifest: Manifest | None) -> list[float | None]:
+  """Of all steps, each task's; None while they follow from sizes yet unknown."""
+  if manifest is not None:
+    rates = [task.rate for task in manifest.tasks]
+  elif data.rates in ("explicit", "even"):
+    rates = [t.rate if data.rates == "explicit" else 1.0 for t in data.selected()]
+  else:
+    return [None] * len(data.selected())
+  return [rate / sum(rates) for rate in rates]

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 
-from embgemma.data.packing import PackedPairs, split_roles
+from embgemma.data.packing import PackedPairs, by_role, split_roles
 from embgemma.losses.denoising import Denoising, TokenLosses
+from embgemma.losses.distillation import ROLES
 from embgemma.losses.objective import Objective, PairBatch
 from embgemma.models import embedder, encoder_decoder
 from embgemma.models.config import BackboneConfig, EmbedderConfig
@@ -20,7 +21,7 @@ from embgemma.models.transformer import embedding_scale
 from embgemma.training.gradient_cache import embed_groups
 from embgemma.training.optimizers import join
 from embgemma.training.partitioning import BATCH_AXES, pairs_specs
-from embgemma.typing import Array, Metrics, PackedSequences, Params, PyTree
+from embgemma.typing import Array, Float, Metrics, PackedSequences, Params, PyTree
 
 
 @runtime_checkable
@@ -49,6 +50,31 @@ class Learner(Protocol):
       key: Of dropout, this shard's own.
     """
     ...
+
+
+def pair_batch(vectors: Float[Array, "T E"], batch: PackedPairs) -> PairBatch:
+  """What the losses take, of one shard.
+
+  Args:
+    vectors: Of the shard's groups, end to end.
+    batch: The shard's.
+  """
+  examples = batch.query_hash.shape[0]
+  query, positive, negative = split_roles(vectors, batch.slots, examples)
+  teacher: dict[str, Array] = {}
+  if batch.teacher is not None:
+    for values, suffix in ((batch.teacher, ""), (batch.teacher_mask, "_mask")):
+      names = [f"teacher_{role}{suffix}" for role in ROLES]
+      teacher |= zip(names, by_role(values, examples), strict=True)
+  return PairBatch(
+    query=query,
+    positive=positive,
+    negative=negative,
+    negative_mask=batch.negative_mask,
+    query_hash=batch.query_hash,
+    positive_hash=batch.positive_hash,
+    **teacher,
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity
@@ -86,18 +112,7 @@ class EmbeddingLearner:
     )
 
     def loss(vectors: Array, params: Params) -> tuple[Array, Metrics]:
-      query, positive, negative = split_roles(
-        vectors, batch.slots, batch.query_hash.shape[0]
-      )
-      pairs = PairBatch(
-        query=query,
-        positive=positive,
-        negative=negative,
-        negative_mask=batch.negative_mask,
-        query_hash=batch.query_hash,
-        positive_hash=batch.positive_hash,
-      )
-      return self.objective(pairs, params, BATCH_AXES)
+      return self.objective(pair_batch(vectors, batch), params, BATCH_AXES)
 
     (_, metrics), (of_vectors, of_objective) = jax.value_and_grad(
       loss, argnums=(0, 1), has_aux=True

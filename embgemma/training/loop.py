@@ -16,7 +16,7 @@ from rich.console import Console
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointPolicy, CheckpointStore
-from embgemma.data import cache, prompts, reader
+from embgemma.data import cache, reader
 from embgemma.data.tasks import DataConfig, TextDataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
@@ -35,7 +35,7 @@ from embgemma.training.profiling import Profiler
 from embgemma.training.progress import Progress, duration
 from embgemma.training.resuming import check_same_model, initial_state, resume_step
 from embgemma.training.stages import Evaluation, Evaluator, make_stage
-from embgemma.training.step_metrics import Interval
+from embgemma.training.step_metrics import Interval, epoch_metrics
 from embgemma.training.stopping import Stopped, stop_requests
 from embgemma.training.train_state import TrainState, abstract_state, save_state
 from embgemma.training.train_step import make_train_step
@@ -163,6 +163,7 @@ class _Reports:
   def interval(self, step: int, values: dict[str, float]) -> None:
     values["learning_rate"] = float(self._run.learning_rate(step - 1))
     values["compilations"] = float(self._run.train_step._cache_size())
+    values |= epoch_metrics(self._run.source.epochs(step))
     self._write(step, values)
     self._progress.show(step, values)
 
@@ -333,7 +334,7 @@ def train(
     raise ConfigError("the tasks are not cached; run `embgemma cache` with these flags")
   console = Console(quiet=not distributed.is_first())
   directory = pathlib.Path(model_dir)
-  description = checkpoints.Description(model, data.lengths, prompts.PROMPTS)
+  description = checkpoints.Description(model, data.lengths, data.prompt_table)
   check_same_model(directory, description)
   vocabulary = SentencePieceVocabulary(manifest.vocabulary)
   evaluation = stage.evaluation(
@@ -368,6 +369,7 @@ def train(
       "seed": seed,
       "batch_size": batch_size,
       "mixture": data.manifest_path().stem,
+      **data.batch_settings(),
     },
     train_step=make_train_step(
       learner, optimizer, train_steps, mesh, abstract, ema_decay, seed

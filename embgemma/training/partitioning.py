@@ -178,6 +178,8 @@ def pairs_specs() -> PackedPairs:
     query_hash=rows,
     positive_hash=rows,
     negative_mask=rows,
+    teacher=rows,
+    teacher_mask=rows,
   )
 
 

@@ -47,7 +47,8 @@ class Progress:
 
     Args:
       step: Steps done.
-      values: loss, examples_per_second, tokens_per_second, real_token_share.
+      values: loss, examples_per_second, tokens_per_second, real_token_share, and
+        where there are any epoch/TASK.
     """
     now = time.monotonic()
     done = step - self._first
@@ -56,7 +57,7 @@ class Progress:
       f"step {step:,}/{self._total:,}  loss {values['loss']:.4f}  "
       f"{values['examples_per_second']:,.1f} examples/s  "
       f"{values['tokens_per_second']:,.0f} tokens/s  "
-      f"{values['real_token_share']:.1%} real  ETA {duration(left)}"
+      f"{values['real_token_share']:.1%} real{_epochs(values)}  ETA {duration(left)}"
     )
     if self._console.is_terminal:
       self._live.update(Text(line))
@@ -67,3 +68,12 @@ class Progress:
   def note(self, line: str) -> None:
     """Prints a line above the live one."""
     self._console.print(line, highlight=False, soft_wrap=True)
+
+
+def _epochs(values: Mapping[str, float]) -> str:
+  """The epochs that tasks have come to, from the least to the most."""
+  epochs = [value for name, value in values.items() if name.startswith("epoch/")]
+  if not epochs:
+    return ""
+  ends = dict.fromkeys(f"{end:.2f}" for end in (min(epochs), max(epochs)))
+  return f"  epoch {'–'.join(ends)}"

@@ -13,10 +13,12 @@ from embgemma.data.cache import Manifest
 from embgemma.data.denoisers import Sentinels, sentinels_needed
 from embgemma.data.denoising import Corruption
 from embgemma.data.packing import GroupShape
-from embgemma.data.reader import BatchSource, StepSource
+from embgemma.data.reader import BatchSource, Shards, StepSource
+from embgemma.data.schedule import RecordSchedule
 from embgemma.data.sequence_packing import SequenceShape
 from embgemma.data.shape_plan import plan_shapes
 from embgemma.data.tasks import CachedData, DataConfig, TextDataConfig
+from embgemma.data.teacher_vectors import TeacherVectors
 from embgemma.data.text_reader import TextSource
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
@@ -33,6 +35,7 @@ from embgemma.typing import Int, Params, PyTree
 
 # Slots of a device at a time in evaluating documents: forward passes need little.
 _EVALUATION_TOKENS = 8192
+_CHECKED_EXAMPLES = 64  # of each task whose teacher vectors are read before a run
 
 
 @runtime_checkable
@@ -211,10 +214,10 @@ class EmbeddingStage:
 
   def __post_init__(self):
     self.objective.check(self.config.embedding_width)
-    if self.objective.needs_teacher:
+    if self.objective.needs_teacher and self.data.teacher is None:
       raise ConfigError(
-        "the objective has a distillation term, but the caches hold no teacher "
-        "embeddings; remove the term"
+        "the objective has a distillation term, and there is no teacher: make "
+        "vectors with `embgemma teach` and set TEACHER to their name, or drop the term"
       )
     longest = self.config.transformer.max_length
     if self.data.max_length > longest:
@@ -244,16 +247,37 @@ class EmbeddingStage:
     seed: int,
     microbatch_tokens: int,
   ) -> BatchSource:
-    return StepSource(
+    schedule = RecordSchedule(
       manifest.tasks,
       batch_size,
       seed,
-      data_shards(mesh),
       self.config.transformer.vocab_size,
-      own_shards(mesh),
+      self.data.avoid_duplicates,
+    )
+    return StepSource(
+      schedule,
+      Shards(data_shards(mesh), own_shards(mesh)),
       microbatch_tokens,
       self.row_lengths,
+      self._teachers(manifest) if self.objective.needs_teacher else None,
     )
+
+  def _teachers(self, manifest: Manifest) -> list[TeacherVectors]:
+    """The teacher vectors of each task, checked.
+
+    Raises:
+      ConfigError: a term cannot work with their width.
+      DataError: they are not there, or damaged.
+    """
+    assert self.data.teacher is not None
+    teachers = []
+    for task in manifest.tasks:
+      vectors = TeacherVectors(task.directory, self.data.teacher)
+      # A store that is not there shows now, and not at the task's first step.
+      vectors.gather(np.arange(min(len(vectors), _CHECKED_EXAMPLES)))
+      self.objective.check(self.config.embedding_width, vectors.width)
+      teachers.append(vectors)
+    return teachers
 
   def typical_batch(
     self,
@@ -269,7 +293,13 @@ class EmbeddingStage:
     share = batch_size / len(lengths)
     return TypicalBatch(
       groups,
-      packing.abstract_pairs(groups, batch_size, negatives, num_shards),
+      packing.abstract_pairs(
+        groups,
+        batch_size,
+        negatives,
+        num_shards,
+        self.objective.teacher_width(self.config.embedding_width),
+      ),
       round(share * int(lengths.sum())),
       share * forward_flops(self.config, lengths.reshape(-1)),
     )
@@ -346,13 +376,9 @@ class DenoisingStage:
   ) -> BatchSource:
     vocabulary = SentencePieceVocabulary(manifest.vocabulary)
     return TextSource(
-      manifest.tasks,
+      RecordSchedule(manifest.tasks, batch_size, seed, self.table_rows),
       self.data.corruption(vocabulary, self.table_rows),
-      batch_size,
-      seed,
-      data_shards(mesh),
-      self.table_rows,
-      own_shards(mesh),
+      Shards(data_shards(mesh), own_shards(mesh)),
       microbatch_tokens,
     )
 

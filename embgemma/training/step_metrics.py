@@ -12,6 +12,7 @@ from embgemma.data.reader import StepBatch
 from embgemma.errors import TrainingError
 from embgemma.typing import Metrics
 
+_NAMED_TASKS = 64  # of a mixture of more, TensorBoard would be nothing but tasks
 _ORDER = ("similarity", "accuracy", "", "loss", "gradient_norm")
 
 
@@ -42,6 +43,17 @@ def check_finite(metrics: Mapping[str, float], step: int, task: str, last: int) 
       )
 
 
+def epoch_metrics(epochs: Mapping[str, float]) -> dict[str, float]:
+  """Epochs of each task as `epoch/TASK`; of very many tasks the least and the most.
+
+  Args:
+    epochs: See `reader.BatchSource.epochs`.
+  """
+  if len(epochs) > _NAMED_TASKS:
+    epochs = {"least": min(epochs.values()), "most": max(epochs.values())}
+  return {f"epoch/{name}": value for name, value in epochs.items()}
+
+
 @dataclasses.dataclass
 class Interval:
   """Steps since the last log line; the newest may still be computing."""
@@ -53,6 +65,7 @@ class Interval:
   _metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)
   _tokens: int = 0
   _slots: int = 0
+  _duplicates: list[int] = dataclasses.field(default_factory=list)
   _waited: float = 0.0
   _began: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -69,6 +82,8 @@ class Interval:
     self._pending.append((step, batch, metrics))
     self._tokens += batch.real_tokens
     self._slots += batch.slots
+    if batch.duplicates is not None:
+      self._duplicates.append(batch.duplicates)
 
   def collect(self, last_saved: int, in_flight: int = 0) -> None:
     """Waits for all steps but the newest `in_flight`, and checks them.
@@ -83,13 +98,19 @@ class Interval:
       self._metrics.append(metrics)
 
   def summary(self) -> dict[str, float]:
-    """Means over the collected steps, and rates."""
+    """Means over the collected steps, and rates.
+
+    `duplicate_share` is of the examples that share a text with another of their batch
+    although such are avoided.
+    """
     seconds = time.monotonic() - self._began
     count = len(self._metrics)
     means = {
       name: float(np.mean([m[name] for m in self._metrics]))
       for name in self._metrics[0]
     }
+    if self._duplicates:
+      means["duplicate_share"] = float(np.mean(self._duplicates)) / self.batch_size
     return means | {
       "examples_per_second": count * self.batch_size / seconds,
       "tokens_per_second": self._tokens / seconds,

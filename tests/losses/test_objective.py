@@ -4,8 +4,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import torch
 from flax.core import meta
 from jax.sharding import PartitionSpec
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 
 from embgemma.errors import ConfigError
 from embgemma.losses import contrastive, distillation, spread_out
@@ -25,6 +27,8 @@ DIAGNOSTICS = {
   "similarity/hard_negative",
   "accuracy",
 }
+TAUGHT = "embedding_matching/taught"
+ROLES = ("query", "positive", "negative")
 
 
 @pytest.fixture
@@ -47,7 +51,8 @@ def test_the_papers_objective_is_the_weighted_sum_of_its_terms(make_batch):
 
   widths = (768, 512, 256, 128)
   names = {f"{term}/{width}" for term in ("nce", "spread_out") for width in widths}
-  assert metrics.keys() == {"loss", "embedding_matching/768"} | names | DIAGNOSTICS
+  matching = {"embedding_matching/768", TAUGHT}
+  assert metrics.keys() == {"loss"} | matching | names | DIAGNOSTICS
   assert all(x.shape == () and x.dtype == np.float32 for x in metrics.values())
   total = sum(
     2.0 * float(metrics[f"nce/{width}"]) + 0.5 * float(metrics[f"spread_out/{width}"])
@@ -126,6 +131,118 @@ def test_no_negatives_need_no_teacher(make_batch):
   loss, _ = Objective((EmbeddingMatching(),))(batch, {})
   expected = distillation.embedding_matching(batch.query, batch.teacher_query)
   expected += distillation.embedding_matching(batch.positive, batch.teacher_positive)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def distances(batch, role, metric):
+  """Of each text to its teacher's prefix, float64."""
+  student = np.asarray(getattr(batch, role), np.float64)
+  teacher = np.asarray(getattr(batch, f"teacher_{role}"), np.float64)
+  teacher = teacher[..., : student.shape[-1]]
+  norm = np.linalg.norm(teacher, axis=-1, keepdims=True)
+  teacher = teacher / np.where(norm > 0, norm, 1)
+  squares = ((student - teacher) ** 2).sum(-1)
+  return {"l2": np.sqrt(squares), "squared_l2": squares, "cosine": squares / 2}[metric]
+
+
+def with_masks(batch, shares, dtype=np.float16):
+  """Teacher vectors of a share of each role's texts, zeros elsewhere."""
+  rng = np.random.default_rng(0)
+  changed = {}
+  for role, share in zip(ROLES, shares, strict=True):
+    teacher = getattr(batch, f"teacher_{role}").astype(dtype)
+    mask = rng.uniform(size=teacher.shape[:-1]) < share
+    teacher[~mask] = 0
+    changed |= {f"teacher_{role}": teacher, f"teacher_{role}_mask": mask}
+  return batch.replace(**changed)
+
+
+@pytest.mark.parametrize("metric", distillation.METRICS)
+@pytest.mark.parametrize("shares", [(1.0, 1.0, 1.0), (0.6, 0.3, 0.5), (0.5, 0.0, 0.4)])
+def test_the_mean_of_a_role_is_over_the_texts_with_a_teacher(
+  make_batch, metric, shares
+):
+  """Against float64, with examples that lack a negative."""
+  batch = with_masks(make_batch(size=20, teacher_width=1024), shares)
+  missing = np.array(batch.negative_mask)
+  missing[::3, 1] = False
+  batch = batch.replace(negative_mask=missing)
+  objective = Objective((EmbeddingMatching(metric=metric),))
+
+  def loss(query, positive, negative):
+    own = batch.replace(query=query, positive=positive, negative=negative)
+    return objective(own, {})
+
+  students = [getattr(batch, role) for role in ROLES]
+  (value, metrics), gradients = jax.value_and_grad(
+    loss, argnums=(0, 1, 2), has_aux=True
+  )(*students)
+  there = [np.ones(20, bool), np.ones(20, bool), missing]
+  masks = [getattr(batch, f"teacher_{role}_mask") for role in ROLES]
+  counted = [mask & own for mask, own in zip(masks, there, strict=True)]
+  expected = sum(
+    distances(batch, role, metric)[own].mean() if own.any() else 0.0
+    for role, own in zip(ROLES, counted, strict=True)
+  )
+  np.testing.assert_allclose(value, expected, rtol=1e-4)
+  for gradient, own in zip(gradients, counted, strict=True):
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, own)
+  share = sum(own.sum() for own in counted) / sum(own.sum() for own in there)
+  np.testing.assert_allclose(metrics[TAUGHT], share, rtol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("metric", distillation.METRICS)
+def test_a_batch_of_which_nothing_has_a_teacher_costs_nothing(
+  make_batch, metric, negatives
+):
+  batch = with_masks(make_batch(negatives=negatives, teacher_width=768), (0, 0, 0))
+  objective = Objective((EmbeddingMatching(metric=metric),))
+  (loss, metrics), gradient = jax.value_and_grad(
+    lambda query: objective(batch.replace(query=query), {}), has_aux=True
+  )(batch.query)
+  assert loss == metrics["embedding_matching/768"] == metrics[TAUGHT] == 0
+  np.testing.assert_array_equal(gradient, np.zeros_like(batch.query))
+
+
+@pytest.mark.parametrize(
+  "roles", [("query",), ("query", "positive"), ("negative",), ROLES]
+)
+def test_roles_that_are_matched(make_batch, roles):
+  batch = make_batch(teacher_width=768)
+  objective = Objective((EmbeddingMatching(roles=roles),))
+  others = {f"teacher_{role}": None for role in ROLES if role not in roles}
+  loss, _ = objective(batch.replace(**others), {})
+  expected = sum(distances(batch, role, "l2").mean() for role in roles)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "mse"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_against_sentence_transformers(make_batch, metric, projected):
+  """Its loss is the mean over roles of means, and its mse one over columns too."""
+  width = 96 if projected else 64
+  batch = make_batch(width=64, negatives=1, teacher_width=width)
+  ours = EmbeddingMatching(
+    metric="squared_l2" if metric == "mse" else metric,
+    alignment="projection" if projected else "straight",
+    teacher_width=width,
+  )
+  params = meta.unbox(Objective((ours,)).init(KEY, 64))
+  theirs = EmbedDistillLoss(None, distance_metric=metric)
+  if projected:
+    theirs.projection = torch.nn.Linear(64, width, bias=False)
+    kernel = np.array(params["embedding_matching"]["kernel_64"])
+    theirs.projection.weight = torch.nn.Parameter(torch.tensor(kernel.T))
+  columns = [
+    [torch.tensor(np.reshape(getattr(batch, prefix + role), (6, -1))) for role in ROLES]
+    for prefix in ("", "teacher_")
+  ]
+  expected = theirs.compute_loss_from_embeddings(*columns).item() * len(ROLES)
+  if metric == "mse":
+    expected *= width
+  loss, _ = Objective((ours,))(batch, params)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
@@ -208,6 +325,9 @@ def test_a_teacher_of_the_wrong_width(make_batch, term, said):
     (lambda: EmbeddingMatching(metric="dot"), "metric 'dot'.*squared_l2"),
     (lambda: EmbeddingMatching(alignment="pad"), "alignment 'pad'.*prefix"),
     (lambda: EmbeddingMatching(alignment="projection"), "teacher_width"),
+    (lambda: EmbeddingMatching(roles=("query", "title")), "role 'title'.*negative"),
+    (lambda: EmbeddingMatching(roles=()), "has roles .*; give some of query"),
+    (lambda: EmbeddingMatching(roles=("query",) * 2), "has roles .*, each once"),
   ],
 )
 def test_settings_that_cannot_work(build, said):
@@ -235,9 +355,40 @@ def test_no_width_is_dropped_in_silence(make_batch, term, said):
       use()
 
 
+@pytest.mark.parametrize(
+  ("term", "width", "said"),
+  [
+    (EmbeddingMatching(), 512, "first 768 coordinates.*only 512"),
+    (EmbeddingMatching(alignment="straight"), 1024, "width 768.*width 1024"),
+    (
+      EmbeddingMatching(alignment="projection", teacher_width=1024),
+      512,
+      "width 1024.*have 512.*teacher_width.*embgemma teach",
+    ),
+  ],
+)
+def test_a_teacher_of_the_wrong_width_is_known_before_a_batch(term, width, said):
+  objective = Objective((Nce(), term))
+  objective.check(768)
+  with pytest.raises(ConfigError, match=said):
+    objective.check(768, width)
+
+
+def test_the_teachers_width_as_far_as_it_is_known():
+  assert Objective((Nce(), SpreadOut())).teacher_width(768) is None
+  assert Objective((Nce(), EmbeddingMatching())).teacher_width(768) == 768
+  assert Objective((EmbeddingMatching(widths=(256, 128)),)).teacher_width(768) == 256
+  given = EmbeddingMatching(alignment="projection", teacher_width=3072, name="wide")
+  assert Objective((EmbeddingMatching(), given)).teacher_width(768) == 3072
+
+
 def test_lists_as_gin_gives_them_make_equal_hashable_objectives():
-  lists = Objective([Nce(widths=[256, 128]), EmbeddingMatching(widths=[256])])
-  tuples = Objective((Nce(widths=(256, 128)), EmbeddingMatching(widths=(256,))))
+  lists = Objective(
+    [Nce(widths=[256, 128]), EmbeddingMatching(widths=[256], roles=["query"])]
+  )
+  tuples = Objective(
+    (Nce(widths=(256, 128)), EmbeddingMatching(widths=(256,), roles=("query",)))
+  )
   assert lists == tuples
   assert hash(lists) == hash(tuples)
 
@@ -249,6 +400,8 @@ def test_eight_shards_are_one_batch(make_batch, on_one, on_eight, assert_close):
   hashes = np.array(batch.positive_hash)
   hashes[20] = hashes[1]
   batch = batch.replace(negative_mask=mask, positive_hash=hashes)
+  batch = with_masks(batch, (0.7, 0.4, 0.5), np.float32)
+  batch.teacher_query_mask[4:8] = False  # a shard with nothing to match
   widths = (256, 8)
   matching = EmbeddingMatching(widths=widths, alignment="projection", teacher_width=384)
   terms = (Nce(widths=widths), SpreadOut(weight=0.5, widths=widths), matching)
@@ -257,7 +410,7 @@ def test_eight_shards_are_one_batch(make_batch, on_one, on_eight, assert_close):
   loss, metrics, gradients = on_eight(objective, batch, params)
   assert_close((loss, metrics, gradients), on_one(objective, batch, params))
   np.testing.assert_allclose(loss, metrics["loss"], rtol=1e-6)
-  assert metrics.keys() > DIAGNOSTICS
+  assert metrics.keys() > DIAGNOSTICS | {TAUGHT}
 
 
 def test_matrix_products_are_full_float32_where_the_hardware_has_less(make_batch):

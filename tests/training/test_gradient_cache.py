@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from embgemma.data.packing import split_roles
-from embgemma.data.reader import StepSource
-from embgemma.losses.objective import PairBatch
+from embgemma.data.reader import Shards, StepSource
+from embgemma.data.schedule import RecordSchedule
+from embgemma.losses.objective import EmbeddingMatching, Nce, Objective
 from embgemma.models.config import LoraConfig
 from embgemma.models.embedder import Embedder
 from embgemma.training import partitioning
 from embgemma.training.gradient_cache import embed_groups
-from embgemma.training.learners import EmbeddingLearner
+from embgemma.training.learners import EmbeddingLearner, pair_batch
 from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
 from embgemma.training.partitioning import Partitioner, data_shards
 from embgemma.training.train_state import abstract_state
@@ -39,7 +39,16 @@ class Computed:
   microbatches: int
 
 
-def compute(config, objective, task, partitioner, devices, microbatch_tokens=None):
+def compute(
+  config,
+  objective,
+  task,
+  partitioner,
+  devices,
+  microbatch_tokens=None,
+  batch_size=BATCH,
+  teachers=None,
+):
   """Gradients and metrics of one batch on a mesh."""
   mesh = partitioner.mesh(devices)
   learner = EmbeddingLearner(config, objective)
@@ -47,13 +56,11 @@ def compute(config, objective, task, partitioner, devices, microbatch_tokens=Non
     learner, OptimizerConfig(), 1, False, partitioner, mesh
   )
   source = StepSource(
-    [task],
-    BATCH,
-    0,
-    data_shards(mesh),
-    config.transformer.vocab_size,
-    microbatch_tokens=microbatch_tokens,
+    RecordSchedule([task], batch_size, 0, config.transformer.vocab_size),
+    Shards(data_shards(mesh)),
+    microbatch_tokens,
     row_lengths=(16,),  # short, so that a shard has rows for 32 microbatches
+    teachers=teachers,
   )
   batch = source.batch(0)
   specs = partitioning.manual_specs(abstract.params, mesh)
@@ -114,13 +121,26 @@ def test_microbatches_and_devices(
     np.testing.assert_allclose(found.metrics[name], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
+def test_teacher_vectors_over_devices_and_microbatches(config, task, teach):
+  """Each text is matched with its own vector, wherever either lies."""
+  teacher = teach(task, 24)
+  matching = EmbeddingMatching(alignment="projection", teacher_width=24)
+  objective = Objective((Nce(widths=(16,), temperature=0.5), matching))
+  options = {"batch_size": 64, "teachers": [teacher]}
+  whole = compute(config, objective, task, Partitioner(), jax.devices()[:1], **options)
+  split = Partitioner(data=4, fsdp=2)
+  found = compute(config, objective, task, split, jax.devices(), 32, **options)
+  assert found.microbatches > 1
+  assert relative_difference(found.gradients, whole.gradients) < 1e-5
+  assert whole.gradients["objective"]
+  assert 0.7 < whole.metrics["embedding_matching/taught"] < 0.9
+  for name, value in whole.metrics.items():
+    np.testing.assert_allclose(found.metrics[name], value, rtol=1e-5, err_msg=name)
+
+
 def roles_loss(objective, vectors, pairs):
-  query, positive, negative = split_roles(
-    vectors, pairs.slots, pairs.query_hash.shape[0]
-  )
-  hashes = (pairs.query_hash, pairs.positive_hash)
-  batch = PairBatch(query, positive, negative, pairs.negative_mask, *hashes)
-  return objective(batch, {})[0]
+  return objective(pair_batch(vectors, pairs), {})[0]
 
 
 @pytest.mark.parametrize("change", ["none", "lora", "remat", "dropout", "heads only"])
@@ -150,7 +170,7 @@ def test_against_differentiating_all_at_once(change, config, objective, task):
   if lora is not None:  # B starts at zero, where A has no gradient
     params = jax.tree.map(lambda x: x + 0.01, params)
   moving, still = split_trainable(params, trainable)
-  source = StepSource([task], 64, 0, 1, 64, microbatch_tokens=256)
+  source = StepSource(RecordSchedule([task], 64, 0, 64), microbatch_tokens=256)
   pairs = jax.device_put(source.batch(0).arrays)
   assert pairs.groups[-1].tokens.shape[0] > 1
 

@@ -11,7 +11,8 @@ from flax import traverse_util
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointPolicy, CheckpointStore, Description
-from embgemma.data.reader import StepSource
+from embgemma.data.reader import Shards, StepSource
+from embgemma.data.schedule import RecordSchedule
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models import lora
@@ -97,9 +98,8 @@ class Setup:
     return state_from_checkpoints(self.init, key, points, self.abstract, self.config)
 
   def batches(self, task):
-    shards = data_shards(self.mesh)
-    vocab_size = self.config.transformer.vocab_size
-    source = StepSource([task], BATCH, 0, shards, vocab_size)
+    schedule = RecordSchedule([task], BATCH, 0, self.config.transformer.vocab_size)
+    source = StepSource(schedule, Shards(data_shards(self.mesh)))
     specs = self.learner.batch_specs
     return [place_batch(source.batch(n).arrays, specs, self.mesh) for n in range(STEPS)]
 

@@ -60,6 +60,18 @@ def test_without_a_terminal_lines_come_now_and_then(clock):
   assert "\x1b" not in file.getvalue()
 
 
+@pytest.mark.parametrize(
+  ("epochs", "said"),
+  [((0.5,), "real  epoch 0.50  ETA"), ((2.25, 0.5), "real  epoch 0.50–2.25  ETA")],
+)
+def test_epochs_from_the_least_to_the_most(epochs, said):
+  file = io.StringIO()
+  with Progress(Console(file=file), start_step=0, train_steps=10) as line:
+    named = {f"epoch/task_{i}": epoch for i, epoch in enumerate(epochs)}
+    line.show(10, VALUES | named)
+  assert said in file.getvalue()
+
+
 def test_on_a_terminal_the_line_lives_and_vanishes():
   file = io.StringIO()
   console = Console(file=file, width=120, force_terminal=True, color_system=None)

@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from embgemma.data.reader import StepSource
+from embgemma.data.reader import Shards, StepSource
+from embgemma.data.schedule import RecordSchedule
 from embgemma.training import partitioning
 from embgemma.training.learners import EmbeddingLearner
 from embgemma.training.optimizers import OptimizerConfig, Schedule
@@ -43,9 +44,8 @@ def train(config, objective, task, partitioner, devices, ema_decay=0.9) -> Train
   init, abstract = abstract_state(
     learner, OPTIMIZER, STEPS, ema_decay is not None, partitioner, mesh
   )
-  source = StepSource(
-    [task], BATCH, 0, data_shards(mesh), config.transformer.vocab_size
-  )
+  schedule = RecordSchedule([task], BATCH, 0, config.transformer.vocab_size)
+  source = StepSource(schedule, Shards(data_shards(mesh)))
   step = make_train_step(learner, OPTIMIZER, STEPS, mesh, abstract, ema_decay)
   state = init(jax.random.key(0))
   metrics = []
@@ -115,7 +115,8 @@ def state(config, objective):
 
 def test_average_and_gradient_norms(config, objective, make_task, state):
   task = make_task("pairs", examples=16, negatives=1)
-  source = StepSource([task], BATCH, 0, 1, config.transformer.vocab_size)
+  schedule = RecordSchedule([task], BATCH, 0, config.transformer.vocab_size)
+  source = StepSource(schedule)
   mesh = Partitioner().mesh(jax.devices()[:1])
   _, abstract = build_state(config, objective, keep_ema=True)
   learner = EmbeddingLearner(config, objective)
