@@ -52,12 +52,13 @@ def _executor(options: argparse.Namespace) -> Any:
 
 
 def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  _build(_data(options, bindings), _executor(options))
+
+
+def _build(data: Any, executor: Any = None) -> None:
+  """Builds what is missing of a stage's caches."""
   from embgemma.data import cache_builder
 
-  data = _data(options, bindings)
-  executor = _executor(options)
-  # TensorFlow has nothing to do on a GPU, and would take its memory.
-  os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
   try:
     with process.own_stderr() as stderr:
       cache_builder.build(
@@ -71,6 +72,90 @@ def _cache(options: argparse.Namespace, bindings: Sequence[str]) -> None:
       f"{data.cache_dir}: the cache cannot be written: {error}; free space or choose "
       "another CACHE_DIR. Complete caches are untouched."
     ) from error
+
+
+def _say(line: str) -> None:
+  print(line, file=sys.stderr, flush=True)
+
+
+def _teach(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from embgemma.teaching.teach import teach
+  from embgemma.teaching.teachers import ApiLimits, open_teacher
+
+  data = _pairs(options, bindings)
+  if data.teacher is None:
+    raise ConfigError("give the vectors a name: --gin.TEACHER=NAME")
+  given = ("price", "texts_per_minute", "tokens_per_minute")
+  limits = {name: getattr(options, name) for name in given}
+  limits = {name: value for name, value in limits.items() if value is not None}
+  _build(data)
+  process.keep_compilations()
+  teacher = open_teacher(options.teacher, options.width, ApiLimits(**limits))
+  report = teach(
+    data,
+    teacher,
+    data.teacher,
+    options.dtype,
+    _say,
+    shard=(options.shard_index, options.shard_count),
+    tasks=options.tasks.split(",") if options.tasks else None,
+    max_cost=options.max_cost,
+  )
+  for task in report.tasks:
+    state = task.remark or ("ready" if task.ready else "not all embedded yet")
+    _say(f"{task.name}: {task.texts:,} texts, {state}")
+  _say(f"{report.embedded:,} texts embedded, {report.stored:,} vectors in all")
+
+
+def _mine(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from rich.console import Console
+
+  from embgemma import gin_config
+  from embgemma.mining.mine import mine
+
+  data = _pairs(options, bindings)
+  rules = gin_config.resolve("MiningOptions")
+  process.keep_compilations()
+  report = mine(
+    data,
+    _searcher(options.searcher),
+    _teacher(options.judge) if options.judge else None,
+    rules,
+    pathlib.Path(options.output),
+    _say,
+    overwrite=options.overwrite,
+    keep_work=options.keep_work,
+  )
+  Console().print(report.table())
+
+
+def _teacher(spec: str) -> Any:
+  from embgemma.teaching.teachers import open_teacher
+
+  return open_teacher(spec, None)
+
+
+def _searcher(spec: str) -> Any:
+  from embgemma import gin_config
+
+  if spec == "bm25":
+    return gin_config.resolve("Bm25Searcher")
+  from embgemma.mining.vectors import EmbeddedTexts
+
+  return gin_config.resolve("VectorSearcher", texts=EmbeddedTexts(_teacher(spec)))
+
+
+def _pairs(options: argparse.Namespace, bindings: Sequence[str]) -> Any:
+  """What a stage of pairs trains on."""
+  from embgemma.data.tasks import DataConfig
+
+  data = _data(options, bindings)
+  if not isinstance(data, DataConfig):
+    raise ConfigError(
+      f"`embgemma {options.command}` is for pairs; give a --gin_file such as "
+      "gin/stages/finetune.gin"
+    )
+  return data
 
 
 def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
@@ -424,6 +509,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.command == "cache":
       signal.signal(signal.SIGTERM, process.end)
       _cache(options, bindings)
+    elif options.command in ("teach", "mine"):
+      signal.signal(signal.SIGTERM, process.end)
+      (_teach if options.command == "teach" else _mine)(options, bindings)
     elif options.command == "explain":
       _explain(options, bindings)
     elif options.command == "precompile":

@@ -43,6 +43,46 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--process_index", type=int, help="of this process, from 0")
 
 
+_TEACHER = (
+  "a checkpoint or Hugging Face directory, sentence_transformers:DIR or gemini:MODEL"
+)
+
+
+def _add_teach_flags(parser: argparse.ArgumentParser) -> None:
+  _add_gin_flags(parser)
+  parser.add_argument("--teacher", required=True, help=_TEACHER)
+  parser.add_argument(
+    "--width", type=int, help="Matryoshka width of its vectors; default is full"
+  )
+  parser.add_argument(
+    "--dtype", choices=("float16", "float32"), default="float16", help="of the vectors"
+  )
+  parser.add_argument("--tasks", help="names of those to teach, with commas; else all")
+  parser.add_argument("--shard_index", type=int, default=0, help="of this process")
+  parser.add_argument(
+    "--shard_count", type=int, default=1, help="processes that share the texts"
+  )
+  api = parser.add_argument_group("a teacher that costs money")
+  api.add_argument("--max_cost", type=float, help="most USD; it starts with this only")
+  api.add_argument("--price", type=float, help="USD a million tokens")
+  api.add_argument("--texts_per_minute", type=float)
+  api.add_argument("--tokens_per_minute", type=float)
+
+
+def _add_mine_flags(parser: argparse.ArgumentParser) -> None:
+  _add_gin_flags(parser)
+  parser.add_argument("--searcher", required=True, help=f"bm25, or {_TEACHER}")
+  parser.add_argument(
+    "--judge",
+    help=f"whose similarities the rules compare: {_TEACHER}; default is the searcher",
+  )
+  parser.add_argument("--output", required=True, help="directory of JSONL to make")
+  parser.add_argument("--overwrite", action="store_true", help="replace --output")
+  parser.add_argument(
+    "--keep_work", action="store_true", help="keep vectors and indexes for other rules"
+  )
+
+
 def parser() -> argparse.ArgumentParser:
   """What reads a command line without its --gin.NAME=VALUE."""
   root = argparse.ArgumentParser(
@@ -70,6 +110,8 @@ def parser() -> argparse.ArgumentParser:
     help="run as an Apache Beam pipeline (needs embgemma[beam]) with these options, "
     "such as '--runner=DataflowRunner --region=us-central1'; '' is Beam's local runner",
   )
+  _add_teach_flags(command("teach", "embed the cached texts of a stage with a teacher"))
+  _add_mine_flags(command("mine", "find hard negatives for the pairs of a stage"))
   _add_gin_flags(command("explain", "show the resolved run before any compute"))
 
   precompile = command("precompile", "compile a stage's step for devices not at hand")

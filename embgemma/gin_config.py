@@ -38,6 +38,8 @@ def register() -> None:
     tasks,
   )
   from embgemma.losses import denoising, objective
+  from embgemma.mining import bm25, vectors
+  from embgemma.mining import filters as mining_filters
   from embgemma.models import config
   from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
 
@@ -64,6 +66,9 @@ def register() -> None:
         "TfrecordSource",
       ),
     ),
+    (mining_filters, ("MiningOptions",)),
+    (bm25, ("Bm25Searcher",)),
+    (vectors, ("VectorSearcher",)),
     (public_sets, ("public_tasks", "public_tfds_tasks")),
     (filters, ("LengthFilter", "LanguageFilter")),
     (duplicates, ("ExactDuplicates", "NearDuplicates")),
@@ -263,18 +268,19 @@ def set_missing_data() -> bool:
   return True
 
 
-def resolve(name: str) -> Any:
+def resolve(name: str, **arguments: Any) -> Any:
   """What the configurable of that name returns under the configuration read.
 
   Args:
     name: "train" gives the arguments bound to `loop.train`; any other name, such as
       "DataConfig", the object.
+    **arguments: In place of those of the configuration.
 
   Raises:
     ConfigError: a binding is missing or of the wrong kind.
   """
   try:
-    return gin.get_configurable(f"embgemma.{name}")()
+    return gin.get_configurable(f"embgemma.{name}")(**arguments)
   except EmbgemmaError as error:
     # gin raises a subclass of its own, which names the configurable.
     raise type(error).__mro__[1](_first_lines(error)) from error

@@ -1,4 +1,4 @@
-"""Time to cache pairs: `embgemma cache` and `seqio_cache_tasks` on the same files, in turn.
+"""Time to cache pairs: `embgemma cache` and `seqio_cache_tasks` on the same files.
 
     python benchmarks/caching/run.py --data=DIR --vocabulary=FILE --output=DIR
 

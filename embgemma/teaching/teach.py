@@ -17,6 +17,7 @@ import numpy as np
 
 from embgemma.data import cache, teacher_vectors
 from embgemma.data.cache import CachedTask
+from embgemma.data.files import is_remote
 from embgemma.data.records import content_hash
 from embgemma.data.task_examples import TaskExamples, open_tasks
 from embgemma.data.tasks import DataConfig
@@ -167,7 +168,7 @@ def teach(
 
 
 def _cached_tasks(config: DataConfig, tasks: Sequence[str] | None) -> list[CachedTask]:
-  if cache.is_remote(config.cache_root):
+  if is_remote(config.cache_root):
     raise ConfigError(
       f"{config.cache_root}: vectors are memory-mapped, and this is no file system of "
       "this machine; give a local CACHE_DIR"

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from embgemma.data import cache
@@ -85,10 +86,10 @@ def text_lengths(
 
 def vocabulary_file(data: CachedData) -> pathlib.Path | None:
   """The vocabulary, if there is one yet."""
-  if data.vocabulary is not None and not pathlib.Path(data.vocabulary).is_file():
+  if data.vocabulary is not None and not epath.Path(data.vocabulary).exists():
     return None
   path = data.vocabulary_path()
-  return path if path.is_file() else None
+  return cache.local_copy(path) if path.exists() else None
 
 
 def complete_caches(data: CachedData) -> Manifest | None:

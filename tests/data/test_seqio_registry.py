@@ -303,7 +303,8 @@ def test_bad_record_leaves_nothing_unfinished(make, write):
     _build(config)
   assert str(caught.value).startswith(f'{path}:5: "query" must be a string, got int')
   complete = [path for path in _files(config) if path.endswith("index.json")]
-  assert [pathlib.Path(path).parts[1].partition("-")[0] for path in complete] == ["also"]
+  names = [pathlib.Path(path).parts[1].partition("-")[0] for path in complete]
+  assert names == ["also"]
   assert not [path for path in _files(config) if "bad" in path]
   assert cache.manifest(config) is None
   write("bad.jsonl", _pairs(4))
@@ -716,7 +717,8 @@ def test_tfrecord_documents(make_text, tfrecord, vocabulary):
   manifest, _ = _build(make_text(Task("t", TfrecordSource(path, {"text": "q"}))))
   assert _documents(manifest.tasks[0], vocabulary) == ["one cab", "two cabs"]
   path = tfrecord("b.tfrecord", [b"one cab", b" "])
-  with pytest.raises(DataError, match="task 't', shard 0, example 1: \"text\" is empty"):
+  message = "task 't', shard 0, example 1: \"text\" is empty"
+  with pytest.raises(DataError, match=message):
     _build(make_text(Task("t", TfrecordSource(path, {"text": "q"}))))
 
 
