@@ -460,3 +460,26 @@ def test_documents_in_parts(corpus, vocabulary, monkeypatch):
 def test_workers():
   with pytest.raises(ConfigError, match="--workers=0: give 1 or more"):
     executors.ProcessPool(0)
+
+
+def test_a_cache_on_gs(make, bucket, monkeypatch, tmp_path):
+  """Written object by object; tables are copied here to be memory-mapped."""
+  monkeypatch.setenv("EMBGEMMA_CACHE", str(tmp_path / "own"))
+  cleaning = (ExactDuplicates(on="positive"),)
+  local = make("local", cleaning=cleaning)
+  remote = dataclasses.replace(local, cache_dir="gs://data/cache")
+  assert _build(remote) == _build(local)
+  prefix = "/data/cache/"
+  objects = {
+    path.removeprefix(prefix): bucket.cat_file(path) for path in bucket.find(prefix)
+  }
+  assert objects == _contents(local)
+  assert _build(remote) == []
+  for one, other in zip(
+    cache.manifest(local).tasks, cache.manifest(remote).tasks, strict=True
+  ):
+    assert all(path.startswith("gs://data/cache/tasks/") for path in other.paths)
+    assert one.statistics == other.statistics
+    np.testing.assert_array_equal(one.lengths(), other.lengths())
+    assert isinstance(other.hashes(), np.memmap)
+    np.testing.assert_array_equal(one.hashes(), other.hashes())

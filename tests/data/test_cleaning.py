@@ -2,13 +2,9 @@ import dataclasses
 import itertools
 import json
 import pickle
-from typing import ClassVar
 
-import fsspec
 import numpy as np
 import pytest
-from etils.epath import backend, gpath
-from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -257,23 +253,7 @@ def test_more_shards_than_open_files(tmp_path, monkeypatch):
   assert dropped(tmp_path, shards) == [(4, 0), (5, 0)]
 
 
-class Bucket(MemoryFileSystem):
-  """A memory that answers to gs://."""
-
-  store: ClassVar[dict] = {}
-
-  @classmethod
-  def _strip_protocol(cls, path):
-    return super()._strip_protocol(path.removeprefix("gs://"))
-
-
-def test_a_remote_directory_serves_as_a_local_one(tmp_path, monkeypatch):
-  monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
-  monkeypatch.setattr(
-    backend.fsspec_backend,
-    "_get_filesystem",
-    lambda name: Bucket() if name == "gcs" else fsspec.filesystem(name),
-  )
+def test_a_remote_directory_serves_as_a_local_one(tmp_path, bucket):
   shards = [[pair("a", "b"), pair("a", "b")], [pair("cc", "d"), pair("a", "b")]]
   cleaners = [LengthFilter(max_query=1), ExactDuplicates()]
   remote = "gs://bucket/cleaned"
@@ -281,7 +261,7 @@ def test_a_remote_directory_serves_as_a_local_one(tmp_path, monkeypatch):
   assert (
     dropped(remote, shards) == dropped(tmp_path, shards) == [(0, 1), (1, 0), (1, 1)]
   )
-  assert sorted(Bucket.store) == [
+  assert sorted(bucket.find("gs://bucket/cleaned")) == [
     f"/bucket/cleaned/{name}"
     for name in ("drops-00000.npy", "drops-00001.npy", "report.json")
   ]
