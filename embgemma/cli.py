@@ -126,7 +126,9 @@ def _mine(options: argparse.Namespace, bindings: Sequence[str]) -> None:
     overwrite=options.overwrite,
     keep_work=options.keep_work,
   )
-  Console().print(report.table())
+  console = Console()
+  for table in report.tables():
+    console.print(table)
 
 
 def _teacher(spec: str) -> Any:

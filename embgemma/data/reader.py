@@ -7,10 +7,6 @@ examples a step sees.
 """
 
 import dataclasses
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -20,6 +16,7 @@ from absl import flags
 
 from embgemma.data import packing, shape_plan
 from embgemma.data.cache import CachedTask
+from embgemma.data.executors import begin_worker
 from embgemma.data.records import Records
 from embgemma.data.schedule import RecordSchedule, ScheduledBatch, swapped
 from embgemma.data.teacher_vectors import TeacherVectors
@@ -284,21 +281,6 @@ def _packed(
   )
 
 
-def _begin_worker(index: int, count: int) -> None:
-  """Leaves signals to the trainer, and ends with it even if it is killed."""
-  del index, count
-  for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, signal.SIG_IGN)
-  trainer = multiprocessing.parent_process()
-  assert trainer is not None
-
-  def follow() -> None:
-    trainer.join()
-    os._exit(1)
-
-  threading.Thread(target=follow, daemon=True).start()
-
-
 def read_batches(
   source: BatchSource, start_step: int, num_threads: int, num_workers: int
 ) -> Iterator[StepBatch]:
@@ -323,6 +305,6 @@ def read_batches(
       flags.FLAGS.mark_as_parsed()
     iterator = iterator.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=num_workers),
-      worker_init_fn=_begin_worker,
+      worker_init_fn=begin_worker,
     )
   return iter(iterator)
