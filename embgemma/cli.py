@@ -132,9 +132,14 @@ def _mine(options: argparse.Namespace, bindings: Sequence[str]) -> None:
 
 
 def _teacher(spec: str) -> Any:
-  from embgemma.teaching.teachers import open_teacher
+  from embgemma.teaching.teachers import Metered, open_teacher
 
-  return open_teacher(spec, None)
+  teacher = open_teacher(spec, None)
+  if isinstance(teacher, Metered):
+    raise ConfigError(
+      f"{spec}: costs money, and mining makes no estimate; only `embgemma teach` does"
+    )
+  return teacher
 
 
 def _searcher(spec: str) -> Any:

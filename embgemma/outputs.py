@@ -1,11 +1,12 @@
 """Files and directories that a command leaves whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from embgemma.errors import DataError
@@ -63,6 +64,28 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
       shutil.rmtree(made, ignore_errors=True)
       raise
+
+
+@contextlib.contextmanager
+def locked(path: pathlib.Path, busy: Callable[[], None]) -> Iterator[None]:
+  """Holds a lock file against other processes, until this one ends, however it does.
+
+  A file system without locks counts as free: what is guarded is work done twice, which
+  is a waste and no harm.
+
+  Args:
+    path: Of the lock; it stays.
+    busy: Called where another process holds it; raises, or returns to wait for that.
+  """
+  with open(path, "ab") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      busy()
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+      pass
+    yield
 
 
 def check_file(path: pathlib.Path, overwrite: bool) -> None:

@@ -7,13 +7,14 @@ task's source needs it.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
+import pathlib
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 from etils import epath
 
+from embgemma import outputs
 from embgemma.data import cache, cleaning, files, task_writer, tokenization
 from embgemma.data.cache import Manifest
 from embgemma.data.executors import Executor, InProcess
@@ -106,13 +107,10 @@ def _locked(directories: Sequence[epath.Path], log: Log) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(directory: epath.Path, log: Log) -> Iterator[None]:
-  # Of the open file: the system lets go of it however this process ends.
-  with open(directory / ".lock", "wb") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      log(f"waiting for the process that caches {directory.name}")
-      fcntl.flock(file, fcntl.LOCK_EX)
+  def busy() -> None:
+    log(f"waiting for the process that caches {directory.name}")
+
+  with outputs.locked(pathlib.Path(directory, ".lock"), busy):
     for path in directory.glob(".*.*"):  # left by a killed process
       path.unlink()
     yield

@@ -11,7 +11,6 @@ A hash that two writers added is there twice, and either vector serves.
 """
 
 import contextlib
-import fcntl
 import functools
 import json
 import os
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from embgemma.errors import DataError
-from embgemma.outputs import new_file
+from embgemma.outputs import locked, new_file
 from embgemma.typing import Bool, Float, Int, UInt64
 
 STORE_FORMAT = 1
@@ -196,18 +195,14 @@ class VectorStore:
     Raises:
       DataError: another process holds it.
     """
-    with open(self.directory / f".part-{part:04d}.lock", "ab") as lock:
-      try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        raise DataError(
-          f"{self.directory}: another process writes part {part} of it; wait for that "
-          "one, or share the work: --shard_index and --shard_count"
-        ) from None
-      except OSError:
-        # A file system without locks: two writers do the work twice, and no harm.
-        yield
-        return
+
+    def busy() -> None:
+      raise DataError(
+        f"{self.directory}: another process writes part {part} of it; wait for that "
+        "one, or share the work: --shard_index and --shard_count"
+      )
+
+    with locked(self.directory / f".part-{part:04d}.lock", busy):
       for left in self.directory.glob(f".unfinished-{part:04d}-*"):
         shutil.rmtree(left, ignore_errors=True)
       yield

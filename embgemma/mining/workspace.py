@@ -7,7 +7,6 @@ OUTPUT/.work/tasks/, .work/vectors-…            pieces, by what they depend on
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from embgemma.errors import DataError
-from embgemma.outputs import new_file
+from embgemma.outputs import locked, new_file
 
 _REPORT = "report.json"
 _FINISHED = "finished"
@@ -105,7 +104,14 @@ def open_workspace(
     work.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise DataError(f"{output}: cannot be written: {error.strerror}") from error
-  with _locked(work / "lock"):
+
+  def busy() -> None:
+    raise DataError(
+      f"{output}: another process is mining into it; wait for it, or choose another "
+      "--output"
+    )
+
+  with locked(work / "lock", busy):
     if not done and run.get("fingerprint") != fingerprint:
       # Files of another run, of which some may have been moved already.
       shutil.rmtree(work / _FINISHED, ignore_errors=True)
@@ -128,18 +134,3 @@ def _check(output: pathlib.Path, report: bool, run: bool, overwrite: bool) -> No
       f"{output}: holds {what} other settings or inputs; choose another --output, or "
       "replace it with --overwrite"
     )
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-  with open(path, "ab") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise DataError(
-        f"{path.parent.parent}: another process is mining into it; wait for it, or "
-        "choose another --output"
-      ) from None
-    except OSError:
-      pass  # a file system without locks: pieces are whole whoever writes them
-    yield
