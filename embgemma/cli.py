@@ -1,6 +1,7 @@
 """The command line. Heavy imports happen inside commands: `--help` is instant."""
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -37,9 +38,8 @@ def _data(options: argparse.Namespace, bindings: Sequence[str]) -> Any:
   from embgemma import gin_config
 
   _configure(options, bindings)
-  allowed = ("MODEL_DIR", "TRAIN_STEPS", "BATCH_SIZE")
-  gin_config.set_missing(TRAIN_STEPS=1, BATCH_SIZE=1)
-  return gin_config.train_arguments(allowed=allowed)["data"]
+  gin_config.set_missing(TRAIN_STEPS=1, BATCH_SIZE=1, TEACHER=None)
+  return gin_config.train_arguments(allowed=("MODEL_DIR",))["data"]
 
 
 def _executor(options: argparse.Namespace) -> Any:
@@ -47,7 +47,12 @@ def _executor(options: argparse.Namespace) -> Any:
   from embgemma.data import executors
 
   if options.pipeline_options is not None:
-    return executors.BeamPipeline(tuple(shlex.split(options.pipeline_options)))
+    try:
+      return executors.BeamPipeline(tuple(shlex.split(options.pipeline_options)))
+    except ValueError as error:
+      raise ConfigError(
+        f"--pipeline_options={options.pipeline_options}: {error}; check its quotes"
+      ) from error
   return executors.ProcessPool(options.workers)
 
 
@@ -69,7 +74,7 @@ def _build(data: Any, executor: Any = None) -> None:
     if isinstance(error, RuntimeError) and "write() failed" not in str(error):
       raise
     raise DataError(
-      f"{data.cache_dir}: the cache cannot be written: {error}; free space or choose "
+      f"{data.cache_root}: the cache cannot be written: {error}; free space or choose "
       "another CACHE_DIR. Complete caches are untouched."
     ) from error
 
@@ -79,6 +84,7 @@ def _say(line: str) -> None:
 
 
 def _teach(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  from embgemma import gin_config
   from embgemma.teaching.teach import teach
   from embgemma.teaching.teachers import ApiLimits, open_teacher
 
@@ -88,23 +94,39 @@ def _teach(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   given = ("price", "texts_per_minute", "tokens_per_minute")
   limits = {name: getattr(options, name) for name in given}
   limits = {name: value for name, value in limits.items() if value is not None}
-  _build(data)
   process.keep_compilations()
+  # What cannot work is said before anything is embedded.
   teacher = open_teacher(options.teacher, options.width, ApiLimits(**limits))
-  report = teach(
-    data,
-    teacher,
-    data.teacher,
-    options.dtype,
-    _say,
-    shard=(options.shard_index, options.shard_count),
-    tasks=options.tasks.split(",") if options.tasks else None,
-    max_cost=options.max_cost,
-  )
+  arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
+  arguments["objective"].check(arguments["model"].embedding_width, teacher.width)
+  _build(data)
+  with _said_errors(f"the vectors of {data.teacher!r}"):
+    report = teach(
+      data,
+      teacher,
+      data.teacher,
+      options.dtype,
+      _say,
+      shard=(options.shard_index, options.shard_count),
+      tasks=options.tasks.split(",") if options.tasks else None,
+      max_cost=options.max_cost,
+    )
   for task in report.tasks:
     state = task.remark or ("ready" if task.ready else "not all embedded yet")
     _say(f"{task.name}: {task.texts:,} texts, {state}")
   _say(f"{report.embedded:,} texts embedded, {report.stored:,} vectors in all")
+
+
+@contextlib.contextmanager
+def _said_errors(what: str) -> Iterator[None]:
+  """Has errors of the file system end in a message; what is done stays."""
+  try:
+    yield
+  except OSError as error:
+    raise DataError(
+      f"{error.filename or what}: {error.strerror or error}; what is done is kept: "
+      "free space or allow writing there, and run the command again"
+    ) from error
 
 
 def _mine(options: argparse.Namespace, bindings: Sequence[str]) -> None:
@@ -116,30 +138,32 @@ def _mine(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   data = _pairs(options, bindings)
   rules = gin_config.resolve("MiningOptions")
   process.keep_compilations()
-  report = mine(
-    data,
-    _searcher(options.searcher),
-    _teacher(options.judge) if options.judge else None,
-    rules,
-    pathlib.Path(options.output),
-    _say,
-    overwrite=options.overwrite,
-    keep_work=options.keep_work,
-  )
+  searcher = _searcher(options.searcher)
+  judge = _teacher(options.judge) if options.judge else None
+  with _said_errors(options.output):
+    report = mine(
+      data,
+      searcher,
+      judge,
+      rules,
+      pathlib.Path(options.output),
+      _say,
+      overwrite=options.overwrite,
+      keep_work=options.keep_work,
+    )
   console = Console()
   for table in report.tables():
     console.print(table)
 
 
 def _teacher(spec: str) -> Any:
-  from embgemma.teaching.teachers import Metered, open_teacher
+  from embgemma.teaching.teachers import open_teacher
 
-  teacher = open_teacher(spec, None)
-  if isinstance(teacher, Metered):
+  if spec.startswith("gemini:"):
     raise ConfigError(
       f"{spec}: costs money, and mining makes no estimate; only `embgemma teach` does"
     )
-  return teacher
+  return open_teacher(spec, None)
 
 
 def _searcher(spec: str) -> Any:

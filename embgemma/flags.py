@@ -43,14 +43,12 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
   group.add_argument("--process_index", type=int, help="of this process, from 0")
 
 
-_TEACHER = (
-  "a checkpoint or Hugging Face directory, sentence_transformers:DIR or gemini:MODEL"
-)
+_EMBEDDER = "a checkpoint or Hugging Face directory, or sentence_transformers:DIR"
 
 
 def _add_teach_flags(parser: argparse.ArgumentParser) -> None:
   _add_gin_flags(parser)
-  parser.add_argument("--teacher", required=True, help=_TEACHER)
+  parser.add_argument("--teacher", required=True, help=f"{_EMBEDDER}, or gemini:MODEL")
   parser.add_argument(
     "--width", type=int, help="Matryoshka width of its vectors; default is full"
   )
@@ -71,10 +69,10 @@ def _add_teach_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_mine_flags(parser: argparse.ArgumentParser) -> None:
   _add_gin_flags(parser)
-  parser.add_argument("--searcher", required=True, help=f"bm25, or {_TEACHER}")
+  parser.add_argument("--searcher", required=True, help=f"bm25, or {_EMBEDDER}")
   parser.add_argument(
     "--judge",
-    help=f"whose similarities the rules compare: {_TEACHER}; default is the searcher",
+    help=f"whose similarities the rules compare: {_EMBEDDER}; default is the searcher",
   )
   parser.add_argument("--output", required=True, help="directory of JSONL to make")
   parser.add_argument("--overwrite", action="store_true", help="replace --output")

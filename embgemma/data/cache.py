@@ -11,6 +11,7 @@ are planned from them without reading texts. Reading needs no TensorFlow;
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -19,17 +20,17 @@ import numpy as np
 from etils import epath
 
 from embgemma import outputs
-from embgemma.data import cleaning
-from embgemma.data.files import is_remote
+from embgemma.data import cleaning, tokenization
+from embgemma.data.bad_records import leave_out
+from embgemma.data.files import fingerprint, is_remote
 from embgemma.data.mixture import mixture_rates
 from embgemma.data.sources import SkipLog
 from embgemma.data.task_examples import TaskExamples
 from embgemma.data.tasks import (
-  CACHE_FORMAT,
   CachedData,
   DataConfig,
-  default_cache_dir,
   digest,
+  user_cache_dir,
 )
 from embgemma.errors import DataError
 
@@ -101,12 +102,12 @@ class Manifest:
 def local_copy(path: epath.Path) -> pathlib.Path:
   """The file itself, or a copy of a remote one that can be memory-mapped.
 
-  Copies lie in the user's cache directory under their remote names; nothing in a cache
-  changes once it is complete.
+  Copies lie in the user's cache directory, named by what the file was when copied.
   """
   if not is_remote(path):
     return pathlib.Path(path)
-  mirror = pathlib.Path(default_cache_dir(), "remote", *str(path).split("://", 1))
+  version = digest(fingerprint(os.fspath(path)))
+  mirror = pathlib.Path(user_cache_dir(), "remote", version, path.name)
   if not mirror.exists():
     with outputs.new_path(mirror) as made:
       path.copy(made, overwrite=True)
@@ -179,28 +180,48 @@ def manifest(config: CachedData) -> Manifest | None:
   return Manifest(tuple(rated), local_copy(config.vocabulary_path()))
 
 
-def cleaning_directory(config: CachedData, task: str) -> epath.Path:
-  """What the cleaners of a configuration decided of a task."""
-  key = digest([CACHE_FORMAT, config.task_fingerprint(task)])
-  return config.cache_root / "cleaned" / f"{task}-{key}"
+def cleaning_directory(config: CachedData, task: str) -> epath.Path | None:
+  """What the cleaners of a configuration decided of a task; None if there are none."""
+  if not config.cleaning:
+    return None
+  return config.cache_root / config.cleaned_directory(task)
 
 
 def kept(
-  config: CachedData, task: TaskExamples, shard: int, skipped: SkipLog
+  config: CachedData,
+  task: TaskExamples,
+  shard: int,
+  skipped: SkipLog,
+  decisions: epath.Path | None,
 ) -> Generator[tuple[int, dict[str, Any]], None, None]:
-  """Examples of a shard that cleaning leaves, each with its place in the shard.
+  """Examples of a shard that are cached, each with its place in the shard.
+
+  Args:
+    config: Of the run.
+    task: Of the run.
+    shard: Of the task.
+    skipped: Takes what is left out as bad.
+    decisions: `cleaning_directory` of the task; None without cleaning.
 
   Raises:
-    DataError: see `TaskExamples.examples`.
+    DataError: see `TaskExamples.examples`; a kind that no prompts are for.
   """
-  dropped: frozenset[int] = frozenset()
-  if config.cleaning:
-    decisions = cleaning_directory(config, task.name)
-    dropped = frozenset(cleaning.dropped(decisions, shard).tolist())
+  drops = iter(() if decisions is None else cleaning.dropped(decisions, shard).tolist())
+  dropped = next(drops, None)
+  own_kinds = isinstance(config, DataConfig) and task.kind is None
+  table = config.prompt_table
   with contextlib.closing(task.examples(shard, skipped)) as examples:
     for index, example in enumerate(examples):
-      if index not in dropped:
-        yield index, example
+      if index == dropped:
+        dropped = next(drops, None)
+        continue
+      if own_kinds:
+        try:
+          tokenization.example_prompts(example, None, table)
+        except DataError as error:
+          leave_out(error, config.on_bad_record, skipped)
+          continue
+      yield index, example
 
 
 def kept_examples(config: DataConfig, task: TaskExamples) -> Iterator[dict[str, Any]]:
@@ -214,7 +235,8 @@ def kept_examples(config: DataConfig, task: TaskExamples) -> Iterator[dict[str, 
     DataError: see `TaskExamples.examples`.
   """
   skipped = SkipLog()
+  decisions = cleaning_directory(config, task.name)
   for shard in range(task.num_shards):
-    for _, example in kept(config, task, shard, skipped):
+    for _, example in kept(config, task, shard, skipped, decisions):
       listed = {key for key in ("negatives", "negative_titles") if key in example}
       yield example | {key: example[key][: config.max_negatives] for key in listed}

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -22,6 +22,7 @@ from embgemma.data.sources import SkipLog
 from embgemma.data.task_examples import TaskExamples, open_tasks
 from embgemma.data.tasks import CachedData, DataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
+from embgemma.errors import DataError
 
 _REPORT_SECONDS = 10.0
 
@@ -41,57 +42,71 @@ def build(config: CachedData, log: Log, executor: Executor | None = None) -> Man
       parts of others stay: the same call goes on after them.
     ConfigError: a mixture, module or prompt that does not exist.
   """
-  config.manifest_path()  # Refuses files and modules that are not there, at once.
+  config.manifest_path()  # refuses files and modules that are not there, at once
   executor = executor or InProcess()
   tasks = open_tasks(config)
   if config.cleaning:
     _clean(config, tasks, executor, log)
   _ensure_vocabulary(config, tasks, log)
-  vocabulary = SentencePieceVocabulary(cache.local_copy(config.vocabulary_path()))
-  directories = [
-    config.task_directory(task.name, vocabulary.fingerprint) for task in tasks
-  ]
-  roots = [config.cache_root / directory for directory in directories]
-  missing = [
-    (task, root)
-    for task, root in zip(tasks, roots, strict=True)
-    if not _is_complete(root, log)
-  ]
-  with _locked([root for _, root in missing], log):
+  path = config.vocabulary_path()
+  fingerprint = SentencePieceVocabulary(cache.local_copy(path)).fingerprint
+  directories = {
+    task.name: config.task_directory(task.name, fingerprint) for task in tasks
+  }
+  roots = {name: config.cache_root / own for name, own in directories.items()}
+  missing = [task for task in tasks if not _is_complete(roots[task.name])]
+  with _locked([roots[task.name] for task in missing], log):
+    for task in missing:
+      _drop_damaged(roots[task.name], log)
     # Another process may have built them meanwhile.
-    _write_tasks(config, [m for m in missing if not _is_complete(m[1])], executor, log)
+    left = [task for task in missing if not _is_complete(roots[task.name])]
+    work = {task.name: (task, roots[task.name]) for task in left}
+    _write_tasks(config, work, executor, log)
+  for name, directory in directories.items():
+    if config.task_directory(name, fingerprint) != directory:
+      raise DataError(
+        f"task {name!r}: a file of its source changed while it was read; run the "
+        "command again"
+      )
   entries = [
     {
       "name": task.name,
       "rate": task.rate,
       "symmetric": task.symmetric,
-      "directory": directory,
+      "directory": directories[task.name],
     }
-    for task, directory in zip(tasks, directories, strict=True)
+    for task in tasks
   ]
-  with files.new_file(config.manifest_path()) as path:
-    path.write_text(json.dumps({"tasks": entries}, indent=1))
+  with files.new_file(config.manifest_path()) as made:
+    made.write_text(json.dumps({"tasks": entries}, indent=1))
   built = cache.manifest(config)
   assert built is not None
   return built
 
 
-def _is_complete(directory: epath.Path, log: Log | None = None) -> bool:
-  """Whether a task's cache is whole; a damaged one no longer counts as complete."""
+def _is_complete(directory: epath.Path) -> bool:
+  """Whether a task's cache is whole."""
+  sizes = _indexed_files(directory)
+  return sizes is not None and not cache.damaged_files(directory, sizes)
+
+
+def _indexed_files(directory: epath.Path) -> dict[str, int] | None:
+  """Sizes that the index of a task's cache gives; None if there is none."""
   path = directory / "index.json"
   if not path.exists():
-    return False
+    return None
   try:
-    sizes = json.loads(path.read_text())["files"]
+    return json.loads(path.read_text())["files"]
   except (ValueError, KeyError, TypeError, OSError):
-    sizes = {path.name: -1}
-  damaged = cache.damaged_files(directory, sizes)
-  if not damaged:
-    return True
-  if log is not None:
+    return {path.name: -1}
+
+
+def _drop_damaged(directory: epath.Path, log: Log) -> None:
+  """Has a damaged cache no longer count as complete; its lock is held."""
+  sizes = _indexed_files(directory)
+  if sizes is not None and (damaged := cache.damaged_files(directory, sizes)):
     log(f"{directory / damaged[0]} is damaged: writing the task again")
-  path.unlink()
-  return False
+    (directory / "index.json").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -118,18 +133,30 @@ def _lock(directory: epath.Path, log: Log) -> Iterator[None]:
 
 def _write_tasks(
   config: CachedData,
-  missing: Sequence[tuple[TaskExamples, epath.Path]],
+  missing: Mapping[str, tuple[TaskExamples, epath.Path]],
   executor: Executor,
   log: Log,
 ) -> None:
   """Writes shards wherever the executor runs; completes each task after its last."""
-  threads = -1 if isinstance(executor, InProcess) else 1
-  jobs = [
-    task_writer.ShardJob(config, task, shard, str(root), threads)
-    for task, root in missing
-    for shard in range(task.num_shards)
-  ]
-  left = {task.name: task.num_shards for task, _ in missing}
+  jobs = []
+  shards = sum(task.num_shards for task, _ in missing.values())
+  threads = executor.job_threads(shards)
+  vocabulary = str(config.vocabulary_path())
+  for name, (task, root) in missing.items():
+    decisions = cache.cleaning_directory(config, name)
+    jobs += [
+      task_writer.ShardJob(
+        config,
+        task.alone(shard),
+        shard,
+        str(root),
+        vocabulary,
+        None if decisions is None else str(decisions),
+        threads,
+      )
+      for shard in range(task.num_shards)
+    ]
+  left = {name: task.num_shards for name, (task, _) in missing.items()}
   progress = _Progress(len(jobs), log)
   for number in executor.run(task_writer.write_shard, jobs):
     job = jobs[number]
@@ -143,9 +170,8 @@ def _finish(
   config: CachedData, task: TaskExamples, directory: epath.Path, log: Log
 ) -> None:
   dropped = {}
-  if config.cleaning:
-    report = cleaning.report(cache.cleaning_directory(config, task.name))
-    dropped = report["dropped"]
+  if (decisions := cache.cleaning_directory(config, task.name)) is not None:
+    dropped = cleaning.report(decisions)["dropped"]
   pairs = isinstance(config, DataConfig)
   index = task_writer.finish_task(directory, task.name, task.num_shards, dropped, pairs)
   statistics = index["statistics"]
@@ -185,46 +211,47 @@ class _Progress:
 class _ScanJob:
   """One shard of a task for the cleaners to look at."""
 
-  config: CachedData
+  cleaners: tuple[cleaning.Cleaner, ...]
   task: TaskExamples
   shard: int
+  directory: str
 
 
 def _scan(job: _ScanJob) -> None:
-  directory = cache.cleaning_directory(job.config, job.task.name)
-  examples = job.task.examples(job.shard, SkipLog())
-  with contextlib.closing(examples):
-    cleaning.scan(examples, job.config.cleaning, directory, job.shard)
+  with contextlib.closing(job.task.examples(job.shard, SkipLog())) as examples:
+    cleaning.scan(examples, job.cleaners, job.directory, job.shard)
 
 
 def _clean(
   config: CachedData, tasks: Sequence[TaskExamples], executor: Executor, log: Log
 ) -> None:
   """Decides what cleaning leaves out of each task."""
-  for cleaner in config.cleaning:
+  cleaners = tuple(config.cleaning)
+  for cleaner in cleaners:
     cleaner.check()
-  undecided = {
-    task.name: directory
-    for task in tasks
-    if not cleaning.is_decided(directory := cache.cleaning_directory(config, task.name))
+  directories = {
+    task.name: config.cache_root / config.cleaned_directory(task.name) for task in tasks
   }
-  for directory in undecided.values():
-    directory.mkdir(parents=True, exist_ok=True)
-  jobs = [
-    _ScanJob(config, task, shard)
-    for task in tasks
-    if task.name in undecided
-    for shard in range(task.num_shards)
+  undecided = [
+    task for task in tasks if not cleaning.is_decided(directories[task.name])
   ]
-  left = {task.name: task.num_shards for task in tasks}
-  for number in executor.run(_scan, jobs):
-    task = jobs[number].task
-    left[task.name] -= 1
-    if not left[task.name]:
-      report = cleaning.decide(config.cleaning, undecided[task.name], task.num_shards)
-      first, *others = cleaning.report_lines(report)
-      for line in (f"{task.name}: {first}", *others):
-        log(line)
+  with _locked([directories[task.name] for task in undecided], log):
+    # Another process may have decided meanwhile.
+    jobs = [
+      _ScanJob(cleaners, task.alone(shard), shard, str(directories[task.name]))
+      for task in undecided
+      if not cleaning.is_decided(directories[task.name])
+      for shard in range(task.num_shards)
+    ]
+    left = {task.name: task.num_shards for task in tasks}
+    for number in executor.run(_scan, jobs):
+      task = jobs[number].task
+      left[task.name] -= 1
+      if not left[task.name]:
+        report = cleaning.decide(cleaners, directories[task.name], task.num_shards)
+        first, *others = cleaning.report_lines(report)
+        for line in (f"{task.name}: {first}", *others):
+          log(line)
 
 
 def _ensure_vocabulary(
@@ -250,12 +277,15 @@ def _texts(
 ) -> Generator[str, None, None]:
   """All that would be tokenised."""
   for task in tasks:
+    decisions = cache.cleaning_directory(config, task.name)
     for shard in range(task.num_shards):
-      with contextlib.closing(cache.kept(config, task, shard, SkipLog())) as examples:
+      with contextlib.closing(
+        cache.kept(config, task, shard, SkipLog(), decisions)
+      ) as examples:
         for _, example in examples:
           if not isinstance(config, DataConfig):
             yield example["text"]
             continue
           yield from tokenization.pair_texts(
-            example, task.kind, config.prompt_table
+            example, task.kind, config.prompt_table, task.unique_ids
           ).prompted

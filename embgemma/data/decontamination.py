@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+import glob
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from embgemma.data import beir
 from embgemma.data.cleaners import Example, Filter, sides
-from embgemma.data.files import fingerprint, match, match_compressed, read_lines
-from embgemma.data.jsonl import decode_line, read_jsonl, string_field
+from embgemma.data.files import fingerprint, match, read_lines
+from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.records import content_hash
 from embgemma.data.words import ngram_hashes, normalize, word_hashes
 from embgemma.errors import ConfigError, DataError
@@ -168,20 +170,14 @@ def _beir_texts(folder: str, documents: str) -> Iterator[str]:
   queries, relevant = set(), set()
   for path in _qrels(folder):
     for number, line in read_lines(path):
-      columns = decode_line(path, number, line).split("\t")
-      if len(columns) != 3:
-        raise DataError(
-          f"{path}:{number}: {len(columns)} columns; a row is query-id, corpus-id and "
-          "score, separated by tabs"
-        )
-      if number == 1:  # the header
-        continue
-      queries.add(columns[0])
-      if columns[2].strip() != "0":
-        relevant.add(columns[1])
-  yield from _selected(_beir_file(folder, "queries.jsonl"), queries)
+      row = beir.qrels_row(path, number, line)
+      if row is not None:
+        queries.add(row[0])
+        if row[2] > 0:
+          relevant.add(row[1])
+  yield from _selected(beir.collection_file(folder, "queries.jsonl"), queries)
   if documents != "none":
-    corpus = _beir_file(folder, "corpus.jsonl")
+    corpus = beir.collection_file(folder, "corpus.jsonl")
     yield from _selected(corpus, relevant if documents == "relevant" else None)
 
 
@@ -200,7 +196,7 @@ def _files(path: str) -> list[str]:
   """
   if epath.Path(path).is_dir():
     names = ("queries.jsonl", "corpus.jsonl")
-    return [*(_beir_file(path, name) for name in names), *_qrels(path)]
+    return [*(beir.collection_file(path, name) for name in names), *_qrels(path)]
   if not match(path):
     raise DataError(
       f"{path}: no such file or BEIR folder; check Decontamination.against"
@@ -208,20 +204,12 @@ def _files(path: str) -> list[str]:
   return [path]
 
 
-def _beir_file(folder: str, name: str) -> str:
-  if found := match_compressed(f"{folder}/{name}"):
-    return found[0]
-  raise DataError(
-    f"{folder}: no {name}, plain or compressed; give a BEIR folder (corpus.jsonl, "
-    "queries.jsonl, qrels/SPLIT.tsv or qrels.tsv) or a JSONL file"
-  )
-
-
 def _qrels(folder: str) -> list[str]:
   """Judgements: of all splits but the training split."""
-  if single := match(f"{folder}/qrels.tsv"):
+  root = glob.escape(folder)
+  if single := match(f"{root}/qrels.tsv"):
     return single
-  splits = match(f"{folder}/qrels/*.tsv")
+  splits = match(f"{root}/qrels/*.tsv")
   if evaluated := [path for path in splits if not path.endswith("/train.tsv")]:
     return evaluated
   raise DataError(

@@ -24,6 +24,10 @@ Job = Callable[[Any], None]
 class Executor(Protocol):
   """Runs jobs."""
 
+  def job_threads(self, jobs: int) -> int:
+    """Threads that each of so many jobs should use; -1 is one a core."""
+    ...
+
   def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
     """Runs a function on each job; yields their numbers as they end.
 
@@ -36,6 +40,9 @@ class Executor(Protocol):
 @dataclasses.dataclass(frozen=True)
 class InProcess:
   """One after another, in this process."""
+
+  def job_threads(self, jobs: int) -> int:
+    return -1
 
   def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
     for number, job in enumerate(jobs):
@@ -57,6 +64,9 @@ class ProcessPool:
     if self.workers < 1:
       raise ConfigError(f"--workers={self.workers}: give 1 or more")
 
+  def job_threads(self, jobs: int) -> int:
+    return -1 if min(self.workers, jobs) < 2 else 1
+
   def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
     if self.workers == 1 or len(jobs) < 2:
       yield from InProcess().run(function, jobs)
@@ -75,8 +85,11 @@ class ProcessPool:
           "a worker was killed (perhaps out of memory: lower --workers); what is "
           "complete is kept, the same command goes on from there"
         ) from error
-      finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+      except BaseException:
+        # What runs is whole or not there: nobody waits for it.
+        for process in multiprocessing.active_children():
+          process.kill()
+        raise
 
 
 def begin_worker(*unused: Any) -> None:
@@ -105,6 +118,9 @@ class BeamPipeline:
   """
 
   options: Sequence[str] = ()
+
+  def job_threads(self, jobs: int) -> int:
+    return 1  # how many share a machine is the runner's matter
 
   def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
     try:

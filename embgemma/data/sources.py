@@ -71,6 +71,16 @@ def _fingerprint(*parts: Any) -> str:
   return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
+def check_limit(limit: Any) -> None:
+  """Returns nothing if it is a number of examples, or None.
+
+  Raises:
+    ConfigError: it is something else.
+  """
+  if limit is not None and (type(limit) is not int or limit < 0):
+    raise ConfigError(f"limit {limit!r}: give a number of examples, or None for all")
+
+
 @dataclasses.dataclass(frozen=True)
 class _FileSource(abc.ABC):
   """Examples in files of records."""
@@ -80,6 +90,9 @@ class _FileSource(abc.ABC):
 
   content = "pairs"
   _format = "JSONL"
+
+  def __post_init__(self):
+    check_limit(self.limit)
 
   @abc.abstractmethod
   def _units(self, path: str) -> Iterator[tuple[int, Any]]:
@@ -108,6 +121,11 @@ class _FileSource(abc.ABC):
           f"{pattern}: no such file; check the path of the {self._format} task"
         )
       found.extend(matches)
+    twice = sorted({path for path in found if found.count(path) > 1})
+    if twice:
+      raise DataError(
+        f"{twice[0]}: named twice by the paths of the {self._format} task; drop one"
+      )
     return found
 
   def shards(self) -> tuple[Shard, ...]:
@@ -177,6 +195,7 @@ class JsonlSource(_FileSource):
   format: str = "pairs"
 
   def __post_init__(self):
+    super().__post_init__()
     _check_format(self.format)
 
   def _units(self, path: str) -> Iterator[tuple[int, bytes]]:
@@ -261,6 +280,7 @@ class ParquetSource(_FileSource):
   _format = "Parquet"
 
   def __post_init__(self):
+    super().__post_init__()
     _check_format(self.format)
 
   @property
@@ -300,6 +320,9 @@ class BeirSource:
   limit: int | None = None
 
   content = "pairs"
+
+  def __post_init__(self):
+    check_limit(self.limit)
 
   def shards(self) -> tuple[Shard, ...]:
     """One shard: corpus, queries and judgements.
@@ -428,7 +451,9 @@ Source = PythonSource | TfdsSource | TfrecordSource
 
 
 def module_fingerprint(name: str) -> str:
-  """Hash of a Python module's file, found without importing it.
+  """Hash of a Python module's file, or of all of a package's, found without importing.
+
+  What the module reads or imports beside is not watched.
 
   Raises:
     ConfigError: no such module.
@@ -441,4 +466,7 @@ def module_fingerprint(name: str) -> str:
     raise ConfigError(
       f"module {name!r}, named in MODULES, cannot be found; put it on PYTHONPATH"
     )
-  return _fingerprint("module", name, pathlib.Path(spec.origin).read_bytes().hex())
+  own = pathlib.Path(spec.origin)
+  paths = [own] if spec.submodule_search_locations is None else own.parent.rglob("*.py")
+  contents = {str(p.relative_to(own.parent)): p.read_bytes().hex() for p in paths}
+  return _fingerprint("module", name, contents)

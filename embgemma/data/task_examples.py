@@ -1,7 +1,7 @@
 """The examples of a run's tasks: seqio's where a task needs it, else read directly."""
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from embgemma.data import sources
@@ -21,14 +21,27 @@ class TaskExamples(Protocol):
     num_shards: Pieces that can be read alone, each in its order.
   """
 
-  name: str
-  kind: str | None
-  rate: float
-  symmetric: bool
-  unique_ids: bool
+  @property
+  def name(self) -> str: ...
+
+  @property
+  def kind(self) -> str | None: ...
+
+  @property
+  def rate(self) -> float: ...
+
+  @property
+  def symmetric(self) -> bool: ...
+
+  @property
+  def unique_ids(self) -> bool: ...
 
   @property
   def num_shards(self) -> int: ...
+
+  def alone(self, shard: int) -> "TaskExamples":
+    """The task for a process that reads this shard only: less to send."""
+    ...
 
   def examples(
     self, shard: int, skipped: sources.SkipLog
@@ -55,12 +68,12 @@ class PythonTask:
   symmetric: bool
   unique_ids: bool
   source: sources.PythonSource
-  shards: tuple[sources.Shard, ...]
+  shards: Mapping[int, sources.Shard]
+  num_shards: int
   on_bad_record: str
 
-  @property
-  def num_shards(self) -> int:
-    return len(self.shards)
+  def alone(self, shard: int) -> "PythonTask":
+    return dataclasses.replace(self, shards={shard: self.shards[shard]})
 
   def examples(
     self, shard: int, skipped: sources.SkipLog
@@ -87,17 +100,13 @@ def open_tasks(config: CachedData) -> list[TaskExamples]:
     from embgemma.data import seqio_registry
 
     return seqio_registry.register(config)
-  return [
-    PythonTask(
-      task.name,
-      task.kind,
-      1.0 if alone else float(task.rate),
-      task.symmetric,
-      task.unique_ids,
-      task.source,
-      task.source.shards(),
-      config.on_bad_record,
+  opened: list[TaskExamples] = []
+  for task in declared:
+    assert isinstance(task.source, sources.PythonSource)
+    shards = dict(enumerate(task.source.shards()))
+    rate = 1.0 if alone else float(task.rate)
+    own = (task.name, task.kind, rate, task.symmetric, task.unique_ids)
+    opened.append(
+      PythonTask(*own, task.source, shards, len(shards), config.on_bad_record)
     )
-    for task in declared
-    if isinstance(task.source, sources.PythonSource)
-  ]
+  return opened

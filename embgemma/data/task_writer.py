@@ -24,7 +24,7 @@ from etils import epath
 from embgemma.data import cache, tokenization
 from embgemma.data.files import new_file, writing
 from embgemma.data.records import Example, encode_example
-from embgemma.data.sources import SkipLog
+from embgemma.data.sources import MAX_LISTED_SKIPS, SkipLog
 from embgemma.data.task_examples import TaskExamples
 from embgemma.data.tasks import (
   CACHE_FORMAT,
@@ -38,7 +38,6 @@ from embgemma.errors import DataError
 PART_EXAMPLES = 1 << 18
 _HISTOGRAM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _DISTINCT_AT_ONCE = 1 << 26  # hashes sorted together
-_ROLES = ("query", "positive", "negatives")
 _SUMS = ("examples", "tokens", "truncated", "documents", "short")
 _LARGEST = ("max_text_tokens", "max_token_id", "texts")
 
@@ -60,6 +59,8 @@ class ShardJob:
     task: Whose examples.
     shard: Of them.
     directory: Of the task's cache.
+    vocabulary: The path of its file.
+    decisions: Directory of what cleaning decided of the task; None without cleaning.
     num_threads: That tokenise; -1 is one a core.
   """
 
@@ -67,6 +68,8 @@ class ShardJob:
   task: TaskExamples
   shard: int
   directory: str
+  vocabulary: str
+  decisions: str | None = None
   num_threads: int = -1
 
 
@@ -98,7 +101,7 @@ def _read_part(path: epath.Path) -> Part | None:
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
       facts = json.loads(arrays["facts"].tobytes())
       part = Part(arrays["lengths"], arrays["hashes"], facts)
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     return None
   if cache.damaged_files(path.parent, facts["files"]):
     return None
@@ -196,7 +199,7 @@ def _encoded(
 ) -> Iterator[list[Example]]:
   """What each example becomes: one record, or the segments of a document."""
   config = job.config
-  vocabulary = _vocabulary(str(config.vocabulary_path()))
+  vocabulary = _vocabulary(job.vocabulary)
   if isinstance(config, TextDataConfig):
     documents = (example["text"] for example in examples)
     return tokenization.segments(documents, vocabulary, config.longest, job.num_threads)
@@ -224,8 +227,9 @@ def _items(
   places: collections.deque[int] = collections.deque()
 
   def unread() -> Generator[dict[str, Any], None, None]:
+    decisions = None if job.decisions is None else epath.Path(job.decisions)
     with contextlib.closing(
-      cache.kept(job.config, job.task, job.shard, skipped)
+      cache.kept(job.config, job.task, job.shard, skipped, decisions)
     ) as kept:
       for index, example in kept:
         if index >= start:
@@ -338,18 +342,7 @@ def finish_task(
   Raises:
     DataError: there is no example.
   """
-  paths: list[epath.Path] = []
-  parts: list[Part] = []
-  for shard in range(num_shards):
-    for number in itertools.count():
-      path = _part_path(directory, shard, number)
-      found = _read_part(path)
-      assert found is not None  # all shards have been written
-      paths.append(path)
-      parts.append(found)
-      if found.facts["last"]:
-        break
-  facts = [part.facts for part in parts]
+  paths, facts = _all_parts(directory, num_shards)
   statistics = _statistics(facts, pairs)
   if not statistics["examples"]:
     raise DataError(
@@ -359,21 +352,17 @@ def finish_task(
   for fact in facts:
     if fact["statistics"]["examples"]:
       files |= fact["files"]
-    else:  # no reader should open what has no record
-      (directory / next(iter(fact["files"]))).unlink()
-  texts = 2 + statistics["max_negatives"] if pairs else 1
-  shape = (statistics["examples"], texts)
+  shape = (statistics["examples"], 2 + statistics["max_negatives"] if pairs else 1)
   small = np.uint16 if statistics["max_text_tokens"] < 2**16 else np.uint32
-  tables = {
-    "lengths.npy": _merged([part.lengths for part in parts], shape, small),
-    "hashes.npy": _merged([part.hashes for part in parts], shape, np.uint64),
-  }
-  for name, table in tables.items():
-    with writing(directory / name) as file:
-      np.save(file, table)
-      files[name] = file.tell()
-  statistics["lengths"] = _histogram(tables["lengths.npy"], pairs)
-  statistics["duplicates"] = _duplicates(tables["hashes.npy"]) if pairs else 0
+  with new_file(directory / "lengths.npy") as made:
+    _write_table(made, shape, small, (_part(path).lengths for path in paths))
+    files["lengths.npy"] = made.stat().st_size
+    statistics["lengths"] = _histogram(np.load(made, mmap_mode="r"), pairs)
+  with new_file(directory / "hashes.npy") as made:
+    _write_table(made, shape, np.uint64, (_part(path).hashes for path in paths))
+    files["hashes.npy"] = made.stat().st_size
+    hashes = np.load(made, mmap_mode="r")
+    statistics["duplicates"] = _duplicates(hashes) if pairs else 0
   statistics["dropped"] = dropped
   listed = [
     line for fact in facts if fact["last"] for line in fact["skipped"]["listed"]
@@ -383,13 +372,59 @@ def finish_task(
     "task": task,
     "files": files,
     "statistics": statistics,
-    "skipped": listed,
+    "skipped": listed[:MAX_LISTED_SKIPS],
   }
-  with new_file(directory / "index.json") as path:
-    path.write_text(json.dumps(index, indent=1))
+  for fact in facts:
+    if not fact["statistics"]["examples"]:  # no reader should open such a file
+      (directory / next(iter(fact["files"]))).unlink(missing_ok=True)
+  with new_file(directory / "index.json") as made:
+    made.write_text(json.dumps(index, indent=1))
   for path in paths:
     path.unlink()
   return index
+
+
+def _all_parts(
+  directory: epath.Path, num_shards: int
+) -> tuple[list[epath.Path], list[dict[str, Any]]]:
+  """Paths of the parts of all shards in order, and their facts."""
+  paths, facts = [], []
+  for shard in range(num_shards):
+    for number in itertools.count():
+      paths.append(_part_path(directory, shard, number))
+      facts.append(_part(paths[-1]).facts)
+      if facts[-1]["last"]:
+        break
+  return paths, facts
+
+
+def _part(path: epath.Path) -> Part:
+  """A part that has been written.
+
+  Raises:
+    DataError: something took it away.
+  """
+  part = _read_part(path)
+  if part is None:
+    raise DataError(f"{path}: gone or damaged meanwhile; run the command again")
+  return part
+
+
+def _write_table(
+  path: pathlib.Path, shape: tuple[int, int], dtype: Any, tables: Iterable[np.ndarray]
+) -> None:
+  """Writes tables one under another as one .npy, narrower ones filled up with zeros."""
+  header = {
+    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+    "fortran_order": False,
+    "shape": shape,
+  }
+  with path.open("wb") as file:
+    np.lib.format.write_array_header_1_0(file, header)
+    for table in tables:
+      out = np.zeros((len(table), shape[1]), dtype)
+      out[:, : table.shape[1]] = table
+      file.write(out.tobytes())
 
 
 def _statistics(facts: Sequence[dict[str, Any]], pairs: bool) -> dict[str, Any]:
@@ -413,35 +448,34 @@ def _statistics(facts: Sequence[dict[str, Any]], pairs: bool) -> dict[str, Any]:
   return total
 
 
-def _merged(
-  tables: Sequence[np.ndarray], shape: tuple[int, int], dtype: Any
-) -> np.ndarray:
-  out = np.zeros(shape, dtype)
-  start = 0
-  for table in tables:
-    out[start : start + len(table), : table.shape[1]] = table
-    start += len(table)
-  return out
+def _blocks(table: np.ndarray) -> Iterator[np.ndarray]:
+  """Rows of a memory-mapped table, a part's number at a time."""
+  for start in range(0, len(table), PART_EXAMPLES):
+    yield np.asarray(table[start : start + PART_EXAMPLES])
 
 
 def _histogram(lengths: np.ndarray, pairs: bool) -> dict[str, list[int]]:
   """Texts by length: up to 8 tokens, 16, …, and longer than the last."""
   edges = (1, *(edge + 1 for edge in _HISTOGRAM), 2**32)
-  roles = (lengths[:, 0], lengths[:, 1], lengths[:, 2:]) if pairs else (lengths,)
-  names = _ROLES if pairs else ("text",)
-  return {
-    name: np.histogram(own, edges)[0].tolist()
-    for name, own in zip(names, roles, strict=True)
+  roles = {"query": slice(0, 1), "positive": slice(1, 2), "negatives": slice(2, None)}
+  counts = {
+    name: np.zeros(len(edges) - 1, int) for name in (roles if pairs else ("text",))
   }
+  for block in _blocks(lengths):
+    for name, count in counts.items():
+      count += np.histogram(block[:, roles.get(name, slice(None))], edges)[0]
+  return {name: count.tolist() for name, count in counts.items()}
 
 
 def _duplicates(hashes: np.ndarray) -> int:
   """Rows whose query and positive are those of an earlier row."""
-  passes = -(-len(hashes) // _DISTINCT_AT_ONCE)
-  # One odd multiple: (a, b) and (b, a) differ.
-  mixed = hashes[:, 0] * np.uint64(0x9E3779B97F4A7C15) + hashes[:, 1]
+  passes = np.uint64(-(-len(hashes) // _DISTINCT_AT_ONCE))
   distinct = 0
-  for number in range(passes):
-    own = mixed if passes == 1 else mixed[mixed % np.uint64(passes) == number]
-    distinct += len(np.unique(own))
+  for number in range(int(passes)):
+    own = []
+    for block in _blocks(hashes):
+      # One odd multiple: (a, b) and (b, a) differ.
+      mixed = block[:, 0] * np.uint64(0x9E3779B97F4A7C15) + block[:, 1]
+      own.append(mixed[mixed % passes == number])
+    distinct += len(np.unique(np.concatenate(own)))
   return len(hashes) - distinct

@@ -50,9 +50,10 @@ class Task:
     rate: Its weight in the mixture.
     symmetric: Whether query and positive change places in half of the examples, drawn
       anew in each epoch; both sides must have the same prompt.
-    unique_ids: Whether an id of the example ends each of its texts, which makes texts
+    unique_ids: Whether an id of the example begins each of its texts, which makes texts
       of one label separable within a batch: Gecko (arXiv 2403.20327), section 3.3, for
-      classification. Labels then make no positives of each other.
+      classification, which has it at the end. Labels then make no positives of each
+      other.
   """
 
   name: str
@@ -102,12 +103,13 @@ class Task:
   def fingerprint(self, table: Mapping[str, str] = prompts.PROMPTS) -> list[Any]:
     """What its records depend on beside vocabulary and lengths.
 
-    Without a kind these are the prompts of all kinds.
+    Without a kind these are all prompts: records may name any two.
     """
     if self.source.content == "text":
       return [self.name, self.source.fingerprint()]
-    kinds = [self.kind] if self.kind is not None else list(prompts.TASK_PROMPTS)
-    texts = [[kind, *prompts.task_prompts(kind, table).texts] for kind in kinds]
+    texts: list[Any] = sorted(table.items())
+    if self.kind is not None:
+      texts = list(prompts.task_prompts(self.kind, table).texts)
     return [self.name, self.kind, self.source.fingerprint(), texts, self.unique_ids]
 
 
@@ -169,6 +171,8 @@ def _file_tasks(
     if "fields" in options and not all(parquet):
       raise ConfigError(f"{what} task {name!r}: 'fields' is for Parquet files")
     make = sources.ParquetSource if all(parquet) else text_source
+    if make is sources.ParquetSource and text_source is sources.TextFileSource:
+      options.setdefault("fields", {"text": "text"})
     tasks.append(Task(name, make(**options), **own))
   return tuple(tasks)
 
@@ -204,8 +208,13 @@ def jsonl_tasks(files: Mapping[str, str | Mapping[str, Any]]) -> tuple[Task, ...
 
 def default_cache_dir() -> str:
   """$EMBGEMMA_CACHE, or embgemma/ in the user's cache directory."""
+  return os.environ.get("EMBGEMMA_CACHE") or user_cache_dir()
+
+
+def user_cache_dir() -> str:
+  """embgemma/ in the user's cache directory, on this machine."""
   base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.environ.get("EMBGEMMA_CACHE") or os.path.join(base, "embgemma")
+  return os.path.join(base, "embgemma")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,9 +331,18 @@ class CachedData(abc.ABC):
     if name in declared:
       own = declared[name].fingerprint(self.prompt_table)
     else:
-      modules = [sources.module_fingerprint(module) for module in self.modules]
-      own = [name, modules, sorted(self.prompt_table.items())]
+      own = [name, self._modules_fingerprint()]
     return [own, self.on_bad_record, self.cleaning_fingerprint()]
+
+  def cleaned_directory(self, name: str) -> str:
+    """Of what cleaning left of a task, relative to the root; prompts do not count."""
+    declared = {task.name: task for task in self.tasks}
+    if name in declared:
+      own = [declared[name].source.fingerprint()]
+    else:
+      own = [sources.module_fingerprint(module) for module in self.modules]
+    key = [CACHE_FORMAT, own, self.on_bad_record, self.cleaning_fingerprint()]
+    return f"cleaned/{name}-{digest(key)}"
 
   def cleaning_fingerprint(self) -> list[Any]:
     """What the decisions of the cleaners depend on beside a task's texts."""
@@ -335,10 +353,17 @@ class CachedData(abc.ABC):
     return [
       self.mixture_or_task_name,
       [task.fingerprint(self.prompt_table) for task in self.selected()],
-      [sources.module_fingerprint(name) for name in self.modules],
+      self._modules_fingerprint(),
       self.on_bad_record,
       self.cleaning_fingerprint(),
     ]
+
+  def _modules_fingerprint(self) -> list[Any]:
+    """What tasks of modules depend on: any prompt, as their records may name any."""
+    if not self.modules:
+      return []
+    modules = [sources.module_fingerprint(name) for name in self.modules]
+    return [modules, sorted(self.prompt_table.items())]
 
   def vocabulary_path(self) -> epath.Path:
     """The vocabulary's file; a trained one lies in the cache, under what it saw.
@@ -363,10 +388,6 @@ class CachedData(abc.ABC):
   def reading_key(self) -> list[Any]:
     """What batches depend on beside the records."""
     return []
-
-  def batch_settings(self) -> dict[str, Any]:
-    """What batches depend on that caches do not."""
-    return {}
 
   def task_directory(self, name: str, vocabulary_fingerprint: str) -> str:
     """Of a task's cache, relative to the root; named by all that its records hold."""
@@ -442,9 +463,6 @@ class DataConfig(CachedData):
 
   def record_key(self) -> list[Any]:
     return [sorted(self.lengths.items()), self.max_negatives]
-
-  def batch_settings(self) -> dict[str, Any]:
-    return {"avoid_duplicates": self.avoid_duplicates, "teacher": self.teacher}
 
 
 @dataclasses.dataclass(frozen=True)

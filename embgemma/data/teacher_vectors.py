@@ -5,6 +5,8 @@ TASK_DIRECTORY/teacher-NAME/
   index.json   the store, its segments in the order of rows, width, dtype, whose
 """
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -148,6 +150,9 @@ def write(
 ) -> None:
   """Writes which vectors a cached task's texts have.
 
+  A task that was not to be taught is marked so only where nothing is: another process
+  may have taught it meanwhile.
+
   Args:
     task_directory: Of the cached task.
     name: NAME.
@@ -179,13 +184,33 @@ def write(
         blocks = [np.full((1, shape[1]), -1, np.int64)] * shape[0]
       _save_rows(made / "rows.npy", shape, blocks)
       (made / "index.json").write_text(json.dumps(index, indent=1))
-      if path.exists():
-        os.rename(path, work / "replaced")
-      os.rename(made, path)
+      _put(made, path, work if index["taught"] else None)
   except OSError as error:
     raise DataError(
       f"{path}: cannot be written: {error.strerror or error}; the vectors are kept"
     ) from error
+
+
+def _put(made: pathlib.Path, path: pathlib.Path, aside: pathlib.Path | None) -> None:
+  """Renames a directory to where others may put theirs at the same time.
+
+  Args:
+    made: That is renamed.
+    path: Its new name.
+    aside: Where what is there goes; None leaves it there, and `made` where it is.
+  """
+  for turn in itertools.count():
+    if aside is not None:
+      with contextlib.suppress(FileNotFoundError):
+        os.rename(path, aside / f"replaced-{turn}")
+    try:
+      os.rename(made, path)
+      return
+    except OSError:
+      if not path.is_dir():
+        raise
+      if aside is None:
+        return
 
 
 def _save_rows(

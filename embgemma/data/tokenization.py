@@ -45,6 +45,28 @@ def passages(example: Mapping[str, Any]) -> list[tuple[str, str]]:
   return [positive, *zip(titles, negatives, strict=True)]
 
 
+def example_prompts(
+  example: Mapping[str, Any], kind: str | None, table: Mapping[str, str]
+) -> prompts.TaskPrompts:
+  """The prompts of an example of pairs.
+
+  Args:
+    example: As of `sources.pair_example`.
+    kind: Of its task; None is the example's own, or "search".
+    table: Prompts by name.
+
+  Raises:
+    DataError: the example's own kind is unknown.
+  """
+  try:
+    return prompts.task_prompts(kind or example.get("task") or "search", table)
+  except ConfigError as error:
+    raise DataError(
+      f"{error}, in the record whose query begins {example['query'][:60]!r}; or set "
+      "the task's kind in gin"
+    ) from None
+
+
 def pair_texts(
   example: Mapping[str, Any],
   kind: str | None,
@@ -53,39 +75,37 @@ def pair_texts(
 ) -> PairTexts:
   """The texts of an example of pairs.
 
+  A title beside negatives that have none becomes the first line of its passage: in the
+  prompt it would tell what is sought from what is not.
+
   Args:
     example: As of `sources.pair_example`.
     kind: Of its prompts; None is the example's own.
     table: Prompts by name.
-    unique_ids: Whether an id of the example ends each text, and labels count for
-      nothing; see `tasks.Task`.
+    unique_ids: Whether an id of the example begins each text, where no cut loses it,
+      and labels count for nothing; see `tasks.Task`.
 
   Raises:
     DataError: the example's own kind is unknown.
   """
-  name = kind or example.get("task") or "search"
-  try:
-    templates = prompts.task_prompts(name, table)
-  except ConfigError as error:
-    raise DataError(
-      f"{error}, in the record whose query begins {example['query'][:60]!r}; or set "
-      "the task's kind in gin"
-    ) from None
+  templates = example_prompts(example, kind, table)
   query, documents = example["query"], passages(example)
   contents = [query, *("\n".join(filter(None, document)) for document in documents)]
+  negatives = documents[1:]
+  if negatives and not any(title for title, _ in negatives):
+    documents = [("", text) for text in contents[1:]]
+  identities = list(contents)
+  if unique_ids:
+    own = f"{content_hash(query + chr(0) + contents[1]):016x} "[8:]
+    query, documents = own + query, [(title, own + text) for title, text in documents]
+    identities = [own + text for text in contents]
+  elif label := example.get("label"):
+    # Examples that share a label are positives of each other: one identity.
+    identities[1] = f"label:{label}"
   prompted = [
     templates.format_query(query),
     *(templates.format_document(text, title) for title, text in documents),
   ]
-  if unique_ids:
-    own = f" {content_hash(query + chr(0) + contents[1]):016x}"[:9]
-    return PairTexts(
-      [text + own for text in prompted], contents, [text + own for text in contents]
-    )
-  identities = list(contents)
-  if label := example.get("label"):
-    # Examples that share a label are positives of each other: one identity.
-    identities[1] = f"label:{label}"
   return PairTexts(prompted, contents, identities)
 
 

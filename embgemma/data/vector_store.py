@@ -18,6 +18,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ _SEGMENT = re.compile(r"segment-\d{4,}-\d{6,}")
 _OPEN_SEGMENTS = 4096  # mapped at a time: a process may have some 65,000 maps
 _MERGED_IN_MEMORY = 1 << 20  # hashes; runs of more lie in files
 _BLOCK = 1 << 18  # hashes merged at a time
+_LEFT_SECONDS = 6 * 3600.0  # without a change, after which scratch counts as left
 
 
 class VectorStore:
@@ -192,6 +194,9 @@ class VectorStore:
   def writing(self, part: int) -> Iterator[None]:
     """Holds a part of the work for this process; removes what a killed one left of it.
 
+    Only what is six hours old: on a file system without locks another process may hold
+    the part, too, and write there. Its older files are open, and need no names.
+
     Raises:
       DataError: another process holds it.
     """
@@ -204,14 +209,16 @@ class VectorStore:
 
     with locked(self.directory / f".part-{part:04d}.lock", busy):
       for left in self.directory.glob(f".unfinished-{part:04d}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+          if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
       yield
 
   @contextlib.contextmanager
   def scratch(self, part: int) -> Iterator[pathlib.Path]:
     """A directory on the store's file system that vanishes when the block ends.
 
-    What is left by a process that was killed goes when the part is next held.
+    What is left by a process that was killed goes six hours later; see `writing`.
     """
     prefix = f".unfinished-{part:04d}-"
     work = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory))

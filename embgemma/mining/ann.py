@@ -1,9 +1,13 @@
 """An approximate index of vectors: faiss' inverted lists of scalar codes, on disk."""
 
+import contextlib
+import ctypes
 import dataclasses
 import math
 import os
 import pathlib
+import sys
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,6 +17,7 @@ from embgemma.errors import ConfigError
 from embgemma.mining import pieces
 from embgemma.mining.searchers import Log
 from embgemma.outputs import new_path
+from embgemma.teaching.teachers import missing_extra
 
 _TRAINED = 40  # vectors a list: faiss warns below 39
 _BATCH = 16_384  # vectors that are added at a time
@@ -60,10 +65,25 @@ def faiss() -> Any:
   try:
     import faiss
   except ImportError as error:
-    raise ConfigError(
-      "an approximate index needs embgemma[ann]: pip install 'embgemma[ann]'"
-    ) from error
+    raise missing_extra("an approximate index", "ann") from error
   return faiss
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+  """Drops what C++ prints meanwhile: faiss says on stdout what it does with files."""
+  flush = ctypes.CDLL(None).fflush
+  sys.stdout.flush()
+  flush(None)
+  stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+  os.dup2(null, 1)
+  try:
+    yield
+  finally:
+    flush(None)  # what C++ holds back
+    os.dup2(stdout, 1)
+    os.close(stdout)
+    os.close(null)
 
 
 class AnnIndex:
@@ -76,10 +96,11 @@ class AnnIndex:
 
   def __init__(self, directory: pathlib.Path, nprobe: int):
     module = faiss()
-    self._index = module.read_index(
-      str(directory / "index.faiss"),
-      module.IO_FLAG_ONDISK_SAME_DIR | module.IO_FLAG_READ_ONLY,
-    )
+    with _silent():
+      self._index = module.read_index(
+        str(directory / "index.faiss"),
+        module.IO_FLAG_ONDISK_SAME_DIR | module.IO_FLAG_READ_ONLY,
+      )
     self._index.nprobe = nprobe
 
   def search(
@@ -191,7 +212,7 @@ def _merge(
   from faiss.contrib import ondisk
 
   module = faiss()
-  with pieces.new_piece(directory) as made:
+  with pieces.new_piece(directory) as made, _silent():
     index = module.read_index(str(trained))
     lists = made / "lists.ivfdata"
     ondisk.merge_ondisk(index, [os.fspath(part) for part in parts], str(lists))

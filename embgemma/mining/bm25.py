@@ -67,6 +67,7 @@ class Bm25Searcher:
   def open(
     self, collection: Collection, kind: str | None, places: Places, log: Log
   ) -> Search:
+    """See `Searcher.open`; segments that are there are not indexed again."""
     del kind  # terms have no prompts
     starts = range(0, collection.passages, self.segment)
     directories = [places.own / f"segment-{start:012d}" for start in starts]

@@ -51,6 +51,7 @@ class Passage:
 
   @property
   def whole(self) -> str:
+    """As `join_title` makes it."""
     return join_title(self.title, self.text)
 
 
@@ -99,6 +100,7 @@ class Collection:
     query_group: int64 [queries].
     passage_text_key: uint64 [passages], `normal_key` without title.
     passage_full_key: uint64 [passages], `normal_key` with it.
+    symmetric: Whether queries and positives may change places.
     skipped: Bad records that were left out.
 
   Raises:
@@ -122,6 +124,9 @@ class Collection:
     self._positives = Groups(mapped("positive_starts"), mapped("positives"))
     self._labels = Groups(mapped("label_starts"), mapped("labels"))
     self._labelled = mapped("labelled")
+    self._pair_key = mapped("pair_key")
+    self._pairs = Groups(mapped("pair_starts"), mapped("pairs"))
+    self.symmetric = len(self._pair_key) > 0
     self.skipped = int(mapped("skipped")[0])
     self.records = len(self.record_query)
     self.queries = len(self._query_line)
@@ -172,6 +177,28 @@ class Collection:
         self.passage_full_key[own],
       ]
     )
+    return np.isin(self.passage_text_key[passages], keys) | np.isin(
+      self.passage_full_key[passages], keys
+    )
+
+  def paired(
+    self, query: int, positive: int, passages: Int[np.ndarray, " n"]
+  ) -> Bool[np.ndarray, " n"]:
+    """Which passages make a known pair with a query or with one positive of it.
+
+    Of a symmetric task, whose pairs hold in both directions; none of another.
+    """
+    own = [
+      self._group_key[self.query_group[query]],
+      self.passage_text_key[positive],
+      self.passage_full_key[positive],
+    ]
+    known = [np.zeros(0, np.uint64)]
+    for key in own:
+      place = int(np.searchsorted(self._pair_key, key))
+      if place < len(self._pair_key) and self._pair_key[place] == key:
+        known.append(self._pairs[place])
+    keys = np.concatenate(known)
     return np.isin(self.passage_text_key[passages], keys) | np.isin(
       self.passage_full_key[passages], keys
     )
@@ -262,6 +289,7 @@ def build_collection(
       finally:
         writer.close()
       arrays = _arrays(writer, first) | {"skipped": np.array([skipped.count])}
+      arrays |= _pairs(writer, first, task.symmetric)
       for name, values in arrays.items():
         np.save(made / f"{name}.npy", values)
   return Collection(directory)
@@ -318,3 +346,17 @@ def _arrays(writer: _Writer, first: int) -> dict[str, np.ndarray]:
     "labels": by_group.values,
     "labelled": np.unique(_labelled(own[known], labels[known])),
   }
+
+
+def _pairs(writer: _Writer, first: int, symmetric: bool) -> dict[str, np.ndarray]:
+  """By the key of a text of a symmetric task, the keys of those it makes pairs with."""
+  records = slice(first, None if symmetric else first)
+  query, text, full = (
+    np.array(writer.columns[name], np.uint64)[records]
+    for name in ("query_key", "text_key", "full_key")
+  )
+  keys, which = np.unique(
+    np.concatenate([query, query, text, full]), return_inverse=True
+  )
+  pairs = Groups.of(which, np.concatenate([text, full, query, query]), len(keys))
+  return {"pair_key": keys, "pair_starts": pairs.starts, "pairs": pairs.values}

@@ -83,6 +83,7 @@ class MiningOptions:
 
   @property
   def worst_rank(self) -> int:
+    """The worst rank that counts."""
     return self.depth if self.last_rank is None else self.last_rank
 
   def corpus_files(self, task: str) -> tuple[str, ...]:
@@ -101,7 +102,8 @@ class Candidates:
     passages: int64 [K].
     similarities: float32 [K], to the query.
     keys: uint64 [K]: equal ones are the same text.
-    positive: bool [K]: known positives of the query.
+    positive: bool [K]: known positives of the query; of an example of a symmetric task
+      its pairs in both directions, and those of its positive.
     same_text: bool [K]: as the query, or as one of its positives.
     same_label: bool [K].
   """

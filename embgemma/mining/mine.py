@@ -34,7 +34,7 @@ from embgemma.mining.workspace import Workspace, open_workspace, write_json
 from embgemma.outputs import new_path
 from embgemma.teaching.teachers import Teacher
 
-_FORMAT = 1  # of pieces and results
+_FORMAT = 2  # of pieces and results
 # Of `MiningOptions`: what a search depends on, and what only says where things are.
 _SEARCH_OPTIONS = ("depth", "query_block")
 _ELSEWHERE = ("corpus",)
@@ -53,7 +53,7 @@ def mine(
   """Mines negatives for all tasks of a run; returns what was found.
 
   Writes OUTPUT/TASK.jsonl.gz (examples in their order with "negatives"), tasks.gin
-  (JSONL_TASKS of these files) and report.json. A run that was killed goes on where it
+  (TASKS are these files) and report.json. A run that was killed goes on where it
   was and writes the same bytes; one that is done is not done again.
 
   Args:
@@ -67,13 +67,15 @@ def mine(
     keep_work: Whether OUTPUT/.work stays: vectors and indexes, for other options.
 
   Raises:
-    ConfigError: the run has documents, or an extra is missing.
+    ConfigError: the run has documents or tasks whose names make one file's, or an
+      extra is missing.
     DataError: a bad record, a corpus file that cannot be read, or an output that is
       not free.
   """
   if config.content != "pairs":
     raise ConfigError("mining needs queries and positives, and these tasks have none")
   tasks = open_tasks(config)
+  _check_names(tasks)
   runs = [_TaskRun(task, config, searcher, judge, options, log) for task in tasks]
   fingerprint = digest([run.key for run in runs])
   with open_workspace(output, fingerprint, overwrite) as workspace:
@@ -95,6 +97,17 @@ def _file_name(task: str) -> str:
   return re.sub(r"[^\w.]", "_", task)
 
 
+def _check_names(tasks: Sequence[TaskExamples]) -> None:
+  named: dict[str, str] = {}
+  for task in tasks:
+    other = named.setdefault(_file_name(task.name), task.name)
+    if other != task.name:
+      raise ConfigError(
+        f"tasks {other!r} and {task.name!r} would both be written as "
+        f"{_file_name(task.name)!r}; rename one, or mine them one by one"
+      )
+
+
 def _publish(
   workspace: Workspace, runs: Sequence["_TaskRun"], found: report.MiningReport
 ) -> None:
@@ -109,7 +122,10 @@ def _publish(
     entries.append(f"  {run.file!r}: {kept!r},\n")
   files["tasks.gin"] = workspace.staged("tasks.gin")
   with new_path(files["tasks.gin"]) as made:
-    made.write_text(f"JSONL_TASKS = {{\n{''.join(entries)}}}\n")
+    # Whatever the run's tasks were made by: a mixture's functions, or modules.
+    made.write_text(
+      f"JSONL_TASKS = {{\n{''.join(entries)}}}\nTASKS = @jsonl_tasks()\nMODULES = ()\n"
+    )
   workspace.publish(files, found.as_json())
 
 
@@ -165,6 +181,7 @@ class _TaskRun:
       [
         _FORMAT,
         config.task_fingerprint(task.name),
+        task.symmetric,
         [_corpus_key(path) for path in self._corpus],
       ]
     )
@@ -283,8 +300,14 @@ class _TaskRun:
       for record in order[starts[query] : starts[query + 1]].tolist():
         own = np.searchsorted(positives, collection.record_passage[record])
         positive = float(hits.positives[place][own])
+        own_found = found
+        if collection.symmetric:
+          paired = collection.paired(
+            query, int(collection.record_passage[record]), found.passages
+          )
+          own_found = dataclasses.replace(found, positive=found.positive | paired)
         key, taken = _identity(collection.record(record), options.existing == "keep")
-        places, dropped = select(found, positive, taken, options, key)
+        places, dropped = select(own_found, positive, taken, options, key)
         tally.example(positive, found.similarities[places], dropped)
         negatives[row, : len(places)] = found.passages[places]
         row += 1
@@ -294,12 +317,8 @@ class _TaskRun:
     self, collection: Collection, chosen: pathlib.Path, path: pathlib.Path
   ) -> None:
     """Writes the examples with what was chosen."""
-    table = np.lib.format.open_memmap(
-      chosen / "negatives.npy",
-      "w+",
-      np.int32,
-      (collection.records, self._options.negatives),
-    )
+    # In memory: a mapped file is sparse, and a full disk then kills the process.
+    table = np.zeros((collection.records, self._options.negatives), np.int32)
     for queries in self._blocks(collection):
       block = pieces.load_arrays(_block_path(chosen, queries))
       table[block["records"]] = block["negatives"]

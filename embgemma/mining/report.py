@@ -143,10 +143,12 @@ class MiningReport:
   tasks: Mapping[str, Mapping[str, Any]]
 
   def as_json(self) -> dict[str, Any]:
+    """What `of_json` takes, of JSON values."""
     return dataclasses.asdict(self)
 
   @classmethod
   def of_json(cls, value: Mapping[str, Any]) -> "MiningReport":
+    """The report of what `as_json` gave; other keys are left."""
     return cls(**{f.name: value[f.name] for f in dataclasses.fields(cls)})
 
   def tables(self) -> list[Table]:

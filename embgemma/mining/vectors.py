@@ -9,8 +9,9 @@ from jaxtyping import Float, Int, UInt64
 
 from embgemma.data.tasks import digest
 from embgemma.data.vector_store import VectorStore
+from embgemma.errors import ConfigError
 from embgemma.mining import pieces
-from embgemma.mining.ann import AnnIndex, AnnOptions, open_index
+from embgemma.mining.ann import AnnIndex, AnnOptions, faiss, open_index
 from embgemma.mining.corpus import Collection
 from embgemma.mining.searchers import Hits, Log, Places, Search, exact_search
 from embgemma.teaching.embedding import embed_missing
@@ -39,12 +40,15 @@ class CollectionVectors:
     self._passages = passages
 
   def queries(self, which: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n W"]:
+    """Vectors of queries, by number."""
     return self._gather(self._queries[which])
 
   def passages(self, which: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n W"]:
+    """Vectors of passages, by number."""
     return self._gather(self._passages[which])
 
   def passage_range(self, start: int, stop: int) -> Float[np.ndarray, "n W"]:
+    """Vectors of passages from one number up to another."""
     return self._gather(self._passages[start:stop])
 
   def _gather(self, rows: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n W"]:
@@ -130,10 +134,12 @@ class EmbeddedTexts:
       ("passages", needed, document),
     ):
       path = places.own / f"keys-{role}.npz"
-      if not path.is_file():
-        found = _embed(store, teacher, which, make, log)
-        pieces.save_arrays(path, keys=found)
-      keys[role] = pieces.load_arrays(path)["keys"]
+      if path.is_file():
+        keys[role] = pieces.load_arrays(path)["keys"]
+      # A damaged segment may have been deleted since.
+      if role not in keys or store.missing(keys[role]).any():
+        keys[role] = _embed(store, teacher, which, make, log)
+        pieces.save_arrays(path, keys=keys[role])
     rows = np.full(collection.passages, -1, np.int64)
     rows[needed] = store.locate(keys["passages"])
     return CollectionVectors(store, store.locate(keys["queries"]), rows)
@@ -169,12 +175,22 @@ class VectorSearcher:
     block: Passages scored at a time.
     ann_above: Passages above which an index is made.
     ann: Of that index.
+
+  Raises:
+    ConfigError: a number is out of range.
   """
 
   texts: EmbeddedTexts
   block: int = 4096
   ann_above: int = 2_000_000
   ann: AnnOptions = AnnOptions()
+
+  def __post_init__(self):
+    if self.block < 1 or self.ann_above < 0:
+      raise ConfigError(
+        "VectorSearcher needs block >= 1 and ann_above >= 0, got "
+        f"{self.block}, {self.ann_above}"
+      )
 
   @property
   def name(self) -> str:
@@ -192,8 +208,16 @@ class VectorSearcher:
   def open(
     self, collection: Collection, kind: str | None, places: Places, log: Log
   ) -> Search:
+    """See `Searcher.open`.
+
+    Raises:
+      ConfigError: an index is needed and faiss is not installed.
+    """
+    indexed = collection.passages > self.ann_above
+    if indexed:
+      faiss()  # before hours of embedding
     vectors = self.texts.embed(collection, kind, places, log)
-    if collection.passages <= self.ann_above:
+    if not indexed:
       return _ExactVectorSearch(collection, vectors, self.block)
     width = self.texts.teacher.width
     index = open_index(places.own, collection.passages, width, vectors, self.ann, log)

@@ -1,6 +1,5 @@
 """What a store lacks, embedded window by window."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from embgemma.data.vector_store import VectorStore, check_vectors
 from embgemma.errors import DataError
-from embgemma.teaching.teachers import Input, Teacher
+from embgemma.teaching.teachers import Input, PartlyEncodedError, Teacher
 from embgemma.typing import Float
 
 _LOOKED_UP = 4096  # inputs whose keys are looked up together
@@ -19,27 +18,14 @@ _LOG_SECONDS = 10
 _SHOWN = 60  # first characters of a text in a message
 
 
-@dataclasses.dataclass(frozen=True)
-class EmbedCounts:
-  """What `embed_missing` did.
-
-  Attributes:
-    inputs: That it was given.
-    embedded: Distinct ones that the store lacked.
-  """
-
-  inputs: int
-  embedded: int
-
-
 def embed_missing(
   store: VectorStore,
   teacher: Teacher,
   inputs: Iterable[Input],
   log: Callable[[str], None],
   shard: tuple[int, int] = (0, 1),
-) -> EmbedCounts:
-  """Embeds each distinct input that the store lacks, once, and keeps its vector.
+) -> int:
+  """Embeds each distinct input that the store lacks, once; returns how many.
 
   Inputs are read as they are needed, and a window is kept before the next is begun:
   what was kept when this is killed is skipped the next time.
@@ -53,13 +39,11 @@ def embed_missing(
 
   Raises:
     DataError: the teacher failed, or gave what is no vector of its width. Earlier
-      windows are kept; nothing of this one is.
+      windows are kept, and of this one what the teacher says it had embedded.
   """
   index, count = shard
   windows = _Windows(store, teacher, log, index)
-  seen = 0
   for group in _groups(inputs):
-    seen += len(group)
     own = {
       key: each
       for each in group
@@ -69,7 +53,7 @@ def embed_missing(
     for key in keys[store.missing(keys)].tolist():
       windows.take(key, own[key])
   windows.keep()
-  return EmbedCounts(seen, windows.embedded)
+  return windows.embedded
 
 
 def _groups(inputs: Iterable[Input]) -> Iterator[list[Input]]:
@@ -126,14 +110,14 @@ class _Windows:
     try:
       vectors = self._vectors(window)
     except DataError as error:
+      if isinstance(error, PartlyEncodedError):
+        self._add(error.places, error.vectors)
       raise DataError(
         f"{error}. The {self.embedded:,} texts embedded before are kept: the same "
         "command goes on from there"
       ) from error
-    keys = np.fromiter(self.waiting, np.uint64, len(window))
-    self._store.add(keys, vectors, self._part)
+    self._add(range(len(window)), vectors)
     self.waiting, self._characters = {}, 0
-    self.embedded += len(window)
     now = time.monotonic()
     if now - self._logged >= _LOG_SECONDS:
       rate = self.embedded / (now - self._began)
@@ -141,6 +125,11 @@ class _Windows:
         f"{self._teacher.name}: {self.embedded:,} texts embedded, {rate:,.0f} a second"
       )
       self._logged = now
+
+  def _add(self, places: Sequence[int], vectors: Float[np.ndarray, "n W"]) -> None:
+    keys = np.fromiter(self.waiting, np.uint64, len(self.waiting))
+    self._store.add(keys[list(places)], vectors, self._part)
+    self.embedded += len(places)
 
   def _vectors(self, window: Sequence[Input]) -> Float[np.ndarray, "N W"]:
     teacher, first = self._teacher, self.embedded

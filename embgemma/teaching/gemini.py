@@ -23,6 +23,7 @@ from embgemma.teaching.teachers import (
   BYTES_PER_TOKEN,
   ApiLimits,
   Input,
+  PartlyEncodedError,
   missing_extra,
   unit_prefix,
 )
@@ -59,6 +60,10 @@ TASK_TYPES: Mapping[str, tuple[str, str]] = {
   "classification": ("CLASSIFICATION", "CLASSIFICATION"),
   "clustering": ("CLUSTERING", "CLUSTERING"),
 }
+
+
+class _RefusedError(DataError):
+  """The API refused what was sent (400), perhaps because of one text."""
 
 
 class GeminiTeacher:
@@ -139,24 +144,57 @@ class GeminiTeacher:
 
   def encode(self, inputs: Sequence[Input]) -> Float[np.ndarray, "N W"]:
     out = np.empty((len(inputs), self.width), np.float32)
-    for indices in _batches(inputs):
-      batch = [inputs[i] for i in indices]
-      embeddings = self._request(batch)
-      if len(embeddings) != len(batch):
-        raise DataError(
-          f"{self.name} gave {len(embeddings)} vectors for {len(batch)} texts, the "
-          f"first of which begins {batch[0].text[:60]!r}"
-        )
-      for i, embedding in zip(indices, embeddings, strict=True):
-        values = embedding.values or []
-        if len(values) != self.width:
-          raise DataError(
-            f"{self.name} gave width {len(values)}, asked for {self.width}, to text "
-            f"{i} of a window, which begins {inputs[i].text[:60]!r}"
-          )
-        out[i] = values
+    answered: list[int] = []  # what is paid for
+    try:
+      for batch in _batches(inputs):
+        for indices, vectors in self._answers(inputs, batch):
+          out[indices] = vectors
+          answered += indices
+    except DataError as error:
+      kept = unit_prefix(out[answered], self.width)
+      raise PartlyEncodedError(str(error), answered, kept) from error
     # Prefixes of gemini-embedding-001 are not of unit norm.
     return unit_prefix(out, self.width)
+
+  def _answers(
+    self, inputs: Sequence[Input], indices: list[int]
+  ) -> Iterator[tuple[list[int], Float[np.ndarray, "n W"]]]:
+    """The vectors of a batch: of its parts, where the API refuses one of its texts.
+
+    Raises:
+      DataError: the API refused one text alone, or gave no answer.
+    """
+    waiting = [indices]
+    while waiting:
+      own = waiting.pop()
+      try:
+        embeddings = self._request([inputs[i] for i in own])
+      except _RefusedError:
+        if len(own) == 1:
+          raise
+        half = len(own) // 2
+        waiting += [own[half:], own[:half]]
+        continue
+      yield own, self._checked(embeddings, inputs, own)
+
+  def _checked(
+    self, embeddings: Sequence[Any], inputs: Sequence[Input], indices: list[int]
+  ) -> Float[np.ndarray, "n W"]:
+    if len(embeddings) != len(indices):
+      raise DataError(
+        f"{self.name} gave {len(embeddings)} vectors for {len(indices)} texts, the "
+        f"first of which begins {inputs[indices[0]].text[:60]!r}"
+      )
+    out = np.empty((len(indices), self.width), np.float32)
+    for row, i, embedding in zip(out, indices, embeddings, strict=True):
+      values = embedding.values or []
+      if len(values) != self.width:
+        raise DataError(
+          f"{self.name} gave width {len(values)}, asked for {self.width}, to text "
+          f"{i} of a window, which begins {inputs[i].text[:60]!r}"
+        )
+      row[:] = values
+    return out
 
   def _request(self, batch: Sequence[Input]) -> Sequence[Any]:
     """The embeddings of one batch, after as many attempts as it takes.
@@ -202,14 +240,21 @@ class GeminiTeacher:
     """
     said = self._scrubbed(f"{error.code} {error.status}: {error.message}")
     asked = _asked_to_wait(error)
-    if error.code == 429 and (asked > _MOST_WAITING or _quota_of_a_day(error)):
+    late = asked > _MOST_WAITING
+    if error.code == 429 and (late or _quota_of_a_day(error)):
       raise DataError(
         f"{self.name}: quota exhausted ({said}); wait until it is renewed, or raise it"
       ) from None
     if error.code not in _RETRIED:
+      what = "the text that" if len(batch) == 1 else "a batch whose first text"
+      refused = _RefusedError if error.code == 400 else DataError
+      raise refused(
+        f"{self.name}: refused ({said}) {what} begins {batch[0].text[:60]!r}"
+      ) from None
+    if late:
       raise DataError(
-        f"{self.name}: refused ({said}) a batch whose first text begins "
-        f"{batch[0].text[:60]!r}"
+        f"{self.name}: asks to wait {asked:,.0f} seconds ({said}); run the same "
+        "command then"
       ) from None
     return said, asked
 

@@ -155,7 +155,7 @@ def teach(
     for work in works:
       if _count_missing(work, store, shard):
         inputs = _inputs(config, teacher, work)
-        embedded += embed_missing(store, teacher, inputs, log, shard).embedded
+        embedded += embed_missing(store, teacher, inputs, log, shard)
       _complete(work, name, store, index)
     for work in works:
       # Other shards may have added meanwhile what was missing.
@@ -211,6 +211,8 @@ def _is_ready(task: CachedTask, name: str, store: VectorStore, taught: bool) -> 
     found = TeacherVectors(task.directory, name)
   except DataError:
     return False
+  if not set(found.segments) <= set(store.segments):
+    store.refresh()  # of another shard, which may just have completed the task
   return (
     found.fingerprint == store.fingerprint
     and (len(found), found.texts) == _shape(task)
@@ -258,6 +260,10 @@ def _scan(
   start = 0
   with open(paths[0], "wb") as keys, open(paths[1], "wb") as sizes:
     while block := list(itertools.islice(numbers, _BLOCK)):
+      # A text more than the cache has room for.
+      longer = [i for i, row in enumerate(block) if len(row[2]) > shape[1]]
+      if longer:
+        raise _changed(cached.name, start + longer[0])
       contents = _padded([row[2] for row in block], shape[1], np.uint64)
       expected = hashes[start : start + len(block)]
       if not np.array_equal(contents, expected):
@@ -388,12 +394,7 @@ def _complete(work: _Work, name: str, store: VectorStore, part: int) -> None:
   # No text has the key 0, so nothing is found for it.
   rows = (store.locate(block.ravel()).reshape(block.shape) for block in work.blocks())
   shape = _shape(work.cached)
-  try:
-    teacher_vectors.write(work.cached.directory, name, store, shape, rows, part)
-  except DataError:
-    # Another shard may have written it first.
-    if not _is_ready(work.cached, name, store, taught=True):
-      raise
+  teacher_vectors.write(work.cached.directory, name, store, shape, rows, part)
 
 
 def _report(
@@ -402,6 +403,9 @@ def _report(
   texts = int(np.count_nonzero(task.hashes()))
   if not _is_ready(task, name, store, taught=False):
     remark = "some texts have no vector yet: run the other shards"
+    if not chosen:
+      stale = teacher_vectors.directory(task.directory, name)
+      remark = f"not among --tasks, and {stale} is of other vectors: teach it, too"
     return TaskReport(task.name, texts, ready=False, remark=remark)
   taught = TeacherVectors(task.directory, name).taught
   remark = ""

@@ -48,6 +48,23 @@ class Input:
     return content_hash(f"{self.task}\0{self.text}" if self.task else self.text) or 1
 
 
+class PartlyEncodedError(DataError):
+  """A teacher failed when it had embedded some of the inputs.
+
+  Args:
+    reason: As of a DataError.
+    places: Of the inputs that it had embedded.
+    vectors: Of these.
+  """
+
+  def __init__(
+    self, reason: str, places: Sequence[int], vectors: Float[np.ndarray, "n W"]
+  ):
+    super().__init__(reason)
+    self.places = list(places)
+    self.vectors = vectors
+
+
 @runtime_checkable
 class Teacher(Protocol):
   """Gives vectors to texts.
@@ -81,7 +98,7 @@ class Teacher(Protocol):
     """Unit vectors, float32, in the order of the inputs.
 
     Raises:
-      DataError: it could not embed them.
+      DataError: it could not embed them; a PartlyEncodedError has the vectors of some.
     """
     ...
 

@@ -369,7 +369,7 @@ def train(
       "seed": seed,
       "batch_size": batch_size,
       "mixture": data.manifest_path().stem,
-      **data.batch_settings(),
+      **stage.batch_settings(manifest),
     },
     train_step=make_train_step(
       learner, optimizer, train_steps, mesh, abstract, ema_decay, seed

@@ -108,6 +108,14 @@ class Stage(Protocol):
     """Tokens of the longest row, on each side of the model."""
     ...
 
+  def batch_settings(self, manifest: Manifest) -> dict[str, Any]:
+    """What batches depend on beside seed, size and mixture; a run resumes with these.
+
+    Raises:
+      DataError: the vectors of a teacher are not there, or damaged.
+    """
+    ...
+
   def source(
     self,
     manifest: Manifest,
@@ -219,6 +227,12 @@ class EmbeddingStage:
         "the objective has a distillation term, and there is no teacher: make "
         "vectors with `embgemma teach` and set TEACHER to their name, or drop the term"
       )
+    if self.data.teacher is not None and not self.objective.needs_teacher:
+      raise ConfigError(
+        f"TEACHER is {self.data.teacher!r}, and the objective has no distillation "
+        "term, so its vectors would not be read; use gin/stages/distill.gin, or set "
+        "TEACHER to None"
+      )
     longest = self.config.transformer.max_length
     if self.data.max_length > longest:
       raise ConfigError(
@@ -238,6 +252,13 @@ class EmbeddingStage:
   @property
   def row(self) -> tuple[int, ...]:
     return (packing.row_length(self.data.max_length, self.row_lengths),)
+
+  def batch_settings(self, manifest: Manifest) -> dict[str, Any]:
+    teachers = self._teachers(manifest) if self.objective.needs_teacher else []
+    return {
+      "avoid_duplicates": self.data.avoid_duplicates,
+      "teacher": sorted({vectors.fingerprint for vectors in teachers}),
+    }
 
   def source(
     self,
@@ -365,6 +386,9 @@ class DenoisingStage:
   def table_rows(self) -> int:
     """Of the smaller table: ids of both sides must be below."""
     return min(stack.vocab_size for stack in self.config.stacks)
+
+  def batch_settings(self, manifest: Manifest) -> dict[str, Any]:
+    return {}
 
   def source(
     self,

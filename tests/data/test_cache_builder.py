@@ -226,7 +226,7 @@ def test_a_cut_part_is_written_again(make, monkeypatch):
   tasks = open_tasks(config)
   fingerprint = SentencePieceVocabulary(config.vocabulary).fingerprint
   directory = config.cache_root / config.task_directory("a", fingerprint)
-  job = task_writer.ShardJob(config, tasks[0], 2, str(directory))
+  job = task_writer.ShardJob(config, tasks[0], 2, str(directory), config.vocabulary)
   task_writer.write_shard(job)
   path = pathlib.Path(directory, "examples-00002-00001.array_record")
   path.write_bytes(path.read_bytes()[:-7])
@@ -277,7 +277,8 @@ def _write_alone(config) -> None:
   fingerprint = SentencePieceVocabulary(config.vocabulary).fingerprint
   directory = config.cache_root / config.task_directory("a", fingerprint)
   for shard in range(task.num_shards):
-    task_writer.write_shard(task_writer.ShardJob(config, task, shard, str(directory)))
+    job = task_writer.ShardJob(config, task, shard, str(directory), config.vocabulary)
+    task_writer.write_shard(job)
   task_writer.finish_task(directory, "a", task.num_shards, {}, pairs=True)
 
 
@@ -377,11 +378,11 @@ def test_unique_ids(make, corpus, vocabulary):
   ]
   prompt = "task: classification | query: "
   for own, record in zip(texts, records, strict=False):
-    ids = {text.rpartition(" ")[2] for text in own}
+    ids = {text.removeprefix(prompt).partition(" ")[0] for text in own}
     assert len(ids) == 1
     (own_id,) = ids
     assert len(own_id) == 8
-    assert own == [f"{prompt}{record[k]} {own_id}" for k in ("query", "positive")]
+    assert own == [f"{prompt}{own_id} {record[k]}" for k in ("query", "positive")]
   assert texts[0] == texts[2] != texts[1]
   # To the loss each example is its own: labels make no positives of each other.
   assert read.hashes[0, 1].tolist() != read.hashes[1, 1].tolist()

@@ -157,5 +157,5 @@ def test_what_cannot_be_compared_with_is_reported(tmp_path, beir):
   with pytest.raises(DataError, match=r"no qrels.tsv and no qrels/\*.tsv but train"):
     Decontamination({"set": str(beir)}).check()
   (beir / "corpus.jsonl").unlink()
-  with pytest.raises(DataError, match=r"no corpus.jsonl, plain or compressed"):
+  with pytest.raises(DataError, match=r"no corpus.jsonl or corpus.jsonl.gz"):
     Decontamination({"set": str(beir)}).check()

@@ -74,8 +74,11 @@ def test_what_is_added_later_moves_no_rows(task, store):
     np.testing.assert_array_equal(mine, theirs)
 
 
-def test_a_task_that_was_left_out(task, store):
-  teacher_vectors.write(task, "big", store, _SHAPE, None)
+def test_a_task_that_was_left_out(store, tmp_path):
+  task = tmp_path / "tasks"
+  task.mkdir()
+  for _ in range(2):  # another process may have said so already
+    teacher_vectors.write(task, "big", store, _SHAPE, None)
   found = TeacherVectors(task, "big")
   vectors, present = found.gather(np.arange(7))
   assert vectors.shape == (*_SHAPE, _WIDTH)
@@ -83,6 +86,32 @@ def test_a_task_that_was_left_out(task, store):
   assert not present.any()
   assert not found.taught
   assert sorted(os.listdir(task)) == ["teacher-big"]
+
+
+def test_a_task_that_was_taught_stays_so(task, store):
+  before = TeacherVectors(task, "big").gather(np.arange(7))
+  teacher_vectors.write(task, "big", store, _SHAPE, None)
+  found = TeacherVectors(task, "big")
+  assert found.taught
+  for mine, theirs in zip(before, found.gather(np.arange(7)), strict=True):
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_two_write_at_once(task, store, monkeypatch):
+  """What another process puts there between two renames goes, too."""
+  rename, others = os.rename, [1, 2]
+
+  def raced(source, target):
+    if target == task / "teacher-big" and others:
+      target.mkdir()
+      (target / f"{others.pop()}").touch()
+    rename(source, target)
+
+  monkeypatch.setattr(os, "rename", raced)
+  rows = np.full(_SHAPE, -1)
+  teacher_vectors.write(task, "big", store, _SHAPE, [rows])
+  assert sorted(os.listdir(task / "teacher-big")) == ["index.json", "rows.npy"]
+  assert not list(store.directory.glob(".unfinished*"))
 
 
 def test_vectors_that_are_not_there(task):

@@ -4,7 +4,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
-import shutil
+import time
 
 import hypothesis
 import numpy as np
@@ -176,11 +176,16 @@ def test_two_writers_add_at_once(tmp_path):
 
 def test_a_part_is_held_by_one_and_cleared_of_what_a_killed_one_left(tmp_path):
   store = _open(tmp_path)
-  for name in (".unfinished-0001-killed", ".unfinished-0002-alive"):
-    shutil.copytree(store.directory, store.directory / name)
+  hour = 3600
+  for name, age in (("1-killed", 7), ("1-alive", 5), ("2-killed", 7)):
+    left = store.directory / f".unfinished-000{name}"
+    left.mkdir()
+    (left / "vectors.npy").touch()
+    os.utime(left, (time.time() - age * hour,) * 2)
   with store.writing(1):
-    assert not list(store.directory.glob(".unfinished-0001-*"))
-    assert list(store.directory.glob(".unfinished-0002-*"))
+    left = sorted(path.name for path in store.directory.glob(".unfinished*"))
+    # A live one's, where files cannot be locked.
+    assert left == [".unfinished-0001-alive", ".unfinished-0002-killed"]
     with (
       pytest.raises(DataError, match="another process writes part 1"),
       _open(tmp_path).writing(1),

@@ -1,5 +1,6 @@
 """The approximate index against exact search."""
 
+import ctypes
 import sys
 
 import numpy as np
@@ -83,6 +84,16 @@ def test_fewer_passages_than_asked_for(table, tmp_path):
   index = open_index(tmp_path, 3, 24, table, options, [].append)
   found = index.search(table.vectors[:2], 5)
   assert sorted(found[0]) == [-1, -1, 0, 1, 2]
+
+
+def test_nothing_is_printed(table, tmp_path, capfd):
+  """Reports are on stdout; faiss says there what it does with files."""
+  options = AnnOptions(lists=8, part=700)
+  open_index(tmp_path, 3000, 24, table, options, [].append)
+  ctypes.CDLL(None).fflush(None)
+  assert capfd.readouterr().out == ""
+  print("here", flush=True)
+  assert capfd.readouterr().out == "here\n"
 
 
 def test_without_faiss(monkeypatch):

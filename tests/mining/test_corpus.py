@@ -88,6 +88,25 @@ def test_a_query_that_is_a_passage_is_no_negative(collect):
   np.testing.assert_array_equal(found.same_text(0, np.arange(3)), [True, True, False])
 
 
+def test_pairs_of_a_symmetric_task_hold_in_both_directions(make_config, tmp_path):
+  records = [
+    {"query": "C", "positive": "a!"},
+    {"query": "x", "positive": "c"},
+    {"query": "A", "positive": "y"},
+    {"query": "u", "positive": "v", "title": "T"},
+    {"query": "w", "positive": "u"},
+  ]
+  # Of each example, among: a!, c, y, v, u.
+  expected = [[0, 1, 2], [0, 1], [0, 1, 2], [3, 4], [3, 4]]
+  for symmetric, paired in ((False, [[]] * 5), (True, expected)):
+    entry = {"records": records, "kind": "similarity", "symmetric": symmetric}
+    (task,) = open_tasks(make_config(one=entry))
+    found = build_collection(tmp_path / str(symmetric), task, ())
+    assert found.symmetric is symmetric
+    own = [np.flatnonzero(found.paired(i, i, np.arange(5))).tolist() for i in range(5)]
+    assert own == paired
+
+
 def test_a_corpus_comes_first_and_lacks_no_positive(collect, tmp_path):
   path = tmp_path / "corpus.jsonl"
   lines = [

@@ -1,13 +1,16 @@
 """Mining from files to files: order, protection, resuming, and what is refused."""
 
+import dataclasses
 import gzip
 import json
 import random
+import shutil
 
 import gin
 import numpy as np
 import pytest
 
+from embgemma import gin_config
 from embgemma.data.tasks import jsonl_tasks
 from embgemma.errors import ConfigError, DataError
 from embgemma.mining import mine as mine_module
@@ -85,9 +88,16 @@ def test_the_macro_is_one_that_tasks_are_made_of(make_config, teacher, tmp_path)
   one = {"records": _pairs(20, 1), "kind": "similarity", "rate": 2.5, "symmetric": True}
   config = make_config(one=one, other=_pairs(20, 2))
   mine(config, _searcher("exact", teacher), None, _OPTIONS, tmp_path / "o", [].append)
-  gin.parse_config((tmp_path / "o" / "tasks.gin").read_text())
-  tasks = jsonl_tasks(gin.query_parameter("%JSONL_TASKS"))
-  gin.clear_config()
+  gin_config.register()
+  try:
+    # Of a mixture, which made the tasks in another way.
+    gin.parse_config("TASKS = @builtin_tasks()\nMODULES = ('their_seqio_tasks',)")
+    gin.parse_config((tmp_path / "o" / "tasks.gin").read_text())
+    assert str(gin.query_parameter("%TASKS")) == "@jsonl_tasks()"
+    assert gin.query_parameter("%MODULES") == ()
+    tasks = jsonl_tasks(gin.query_parameter("%JSONL_TASKS"))
+  finally:
+    gin.clear_config()
   assert [(t.name, t.kind, t.rate, t.symmetric) for t in tasks] == [
     ("one", "similarity", 2.5, True),
     ("other", None, 1.0, False),
@@ -149,6 +159,62 @@ def test_false_negatives_are_not_mined(make_config, teacher, tmp_path):
     written = _read(output / "one.jsonl.gz")
     assert written[0]["negatives"] == ["red stone"]
     assert written[1]["negatives"] == ["red stone"]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", ["bm25", "exact"])
+def test_swapped_sides_have_no_false_negatives(
+  name, symmetric, make_config, teacher, tmp_path
+):
+  """Of ("a river", "its end"): "c river" is known, "z river" is of its positive."""
+  pairs = [
+    ("c river", "a river"),
+    ("x river", "c river"),
+    ("a river", "its river end"),
+    ("its river end", "z river"),
+    ("other", "river of others"),
+  ]
+  records = [{"query": query, "positive": positive} for query, positive in pairs]
+  one = {"records": records, "kind": "similarity", "symmetric": symmetric}
+  options = MiningOptions(depth=5, negatives=5, max_share=None)
+  config, output = make_config(one=one), tmp_path / "o"
+  mine(config, _searcher(name, teacher), None, options, output, [].append)
+  negatives = set(_read(output / "one.jsonl.gz")[2]["negatives"])
+  expected = {"river of others"}
+  assert negatives == expected if symmetric else {*expected, "c river", "z river"}
+
+
+def test_names_that_make_one_file(make_config, teacher, tmp_path, monkeypatch):
+  """Names of seqio may have what names in JSONL_TASKS may not."""
+  opened = mine_module.open_tasks(make_config(one=_pairs(5, 1), other=_pairs(5, 2)))
+  renamed = [
+    dataclasses.replace(task, name=name)
+    for task, name in zip(opened, ("a:b", "a_b"), strict=True)
+  ]
+  monkeypatch.setattr(mine_module, "open_tasks", lambda config: renamed)
+  with pytest.raises(ConfigError, match="'a:b' and 'a_b' would both be written as"):
+    mine(
+      make_config(one=_pairs(5, 1)),
+      _searcher("exact", teacher),
+      None,
+      _OPTIONS,
+      tmp_path / "o",
+      [].append,
+    )
+
+
+def test_a_full_disk_is_no_fault(make_config, teacher, tmp_path, monkeypatch):
+  """Nothing is written into a sparse mapped file, which would kill the process."""
+  mapped = np.lib.format.open_memmap
+
+  def read_only(path, mode, *args, **kwargs):
+    assert mode == "r"
+    return mapped(path, mode, *args, **kwargs)
+
+  monkeypatch.setattr(np.lib.format, "open_memmap", read_only)
+  config = make_config(one=_pairs(20, 1))
+  mine(config, _searcher("exact", teacher), None, _OPTIONS, tmp_path / "o", [].append)
+  assert _files(tmp_path / "o")
 
 
 def test_existing_negatives(make_config, teacher, tmp_path):
@@ -355,6 +421,21 @@ def test_damaged_pieces_are_named(make_config, teacher, tmp_path):
   piece.write_bytes(piece.read_bytes()[:100])
   with pytest.raises(DataError, match=r"000000000000\.npz: damaged .* delete it"):
     mine(config, searcher, None, _OPTIONS, output, [].append, overwrite=True)
+
+
+def test_a_segment_that_was_deleted_is_made_again(make_config, teacher, tmp_path):
+  """As the message of a damaged one says."""
+  config, output = make_config(one=_pairs(40, 1)), tmp_path / "o"
+  searcher = _searcher("exact", teacher)
+  mine(config, searcher, None, _OPTIONS, output, [].append, keep_work=True)
+  first = _files(output)
+  segments = sorted(output.glob(".work/vectors-*/segment-*"))
+  shutil.rmtree(segments[1])
+  calls = len(teacher.calls)
+  deep = dataclasses.replace(_OPTIONS, depth=9)
+  mine(config, searcher, None, deep, output, [].append, overwrite=True, keep_work=True)
+  assert sum(teacher.calls[calls:]) == 16
+  assert first.keys() == _files(output).keys()
 
 
 def test_missing_corpus_and_documents(make_config, teacher, tmp_path):

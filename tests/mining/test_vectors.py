@@ -1,6 +1,7 @@
 """Vectors of a real checkpoint, from texts to hits."""
 
 import functools
+import sys
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ from embgemma.checkpoints import Description
 from embgemma.data import prompts
 from embgemma.data.task_examples import open_tasks
 from embgemma.data.vocabularies import train_vocabulary
-from embgemma.errors import DataError
+from embgemma.errors import ConfigError, DataError
 from embgemma.inference.embedder import CheckpointEmbedder
 from embgemma.interop import conversion
 from embgemma.interop.model import Model
@@ -129,3 +130,17 @@ def test_vectors_that_are_not_vectors(make_teacher, collection, tmp_path):
   searcher = VectorSearcher(EmbeddedTexts(teacher))
   with pytest.raises(DataError, match="NaN"):
     searcher.open(collection, None, Places(tmp_path, tmp_path), [].append)
+
+
+@pytest.mark.parametrize(("block", "ann_above"), [(0, 5), (5, -1)])
+def test_numbers_that_cannot_work(teacher, block, ann_above):
+  with pytest.raises(ConfigError, match="needs block >= 1 and ann_above >= 0"):
+    VectorSearcher(EmbeddedTexts(teacher), block, ann_above)
+
+
+def test_without_faiss_nothing_is_embedded(teacher, collection, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "faiss", None)
+  searcher = VectorSearcher(EmbeddedTexts(teacher), ann_above=39)
+  with pytest.raises(ConfigError, match=r"embgemma\[ann\]: pip install"):
+    searcher.open(collection, None, Places(tmp_path, tmp_path), [].append)
+  assert not teacher.calls

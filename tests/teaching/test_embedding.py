@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from embgemma.data.vector_store import VectorStore
 from embgemma.errors import DataError
 from embgemma.teaching import embedding
-from embgemma.teaching.embedding import EmbedCounts, embed_missing
-from embgemma.teaching.teachers import Input
+from embgemma.teaching.embedding import embed_missing
+from embgemma.teaching.teachers import Input, PartlyEncodedError
 
 
 def _store(path, teacher) -> VectorStore:
@@ -51,8 +51,8 @@ def test_distinct_inputs_are_embedded_once(
     known = embed_missing(_store(path, first), first, iter(inputs[:cut]), _quiet)
     counts = embed_missing(_store(path, first), second, iter(inputs), _quiet)
   distinct, earlier = list(dict.fromkeys(inputs)), set(inputs[:cut])
-  assert known == EmbedCounts(len(inputs[:cut]), len(earlier))
-  assert counts == EmbedCounts(len(inputs), len(distinct) - len(earlier))
+  assert known == len(earlier)
+  assert counts == len(distinct) - len(earlier)
   lacking = [each for each in distinct if each not in earlier]
   assert [each for call in second.embedded for each in call] == lacking
   assert all(len(call) == window for call in second.embedded[:-1])
@@ -93,11 +93,11 @@ def test_shards_make_what_one_makes(tmp_path, fake, shards, order):
     teacher = fake()
     store = _store(tmp_path / "many", teacher)
     counts = embed_missing(store, teacher, inputs, _quiet, (index, shards))
-    assert 0 < counts.embedded < 50
+    assert 0 < counts < 50
     assert all(
       each.key() % shards == index for call in teacher.embedded for each in call
     )
-    embedded += counts.embedded
+    embedded += counts
   assert embedded == 50
   np.testing.assert_array_equal(
     _vectors(_store(tmp_path / "many", whole), inputs),
@@ -156,6 +156,27 @@ def test_a_broken_teacher(tmp_path, fake, fault, message):
   with pytest.raises(DataError, match=f"teacher fake.*{message}.*8 texts .* are kept"):
     embed_missing(store, teacher, _inputs(range(20)), _quiet)
   assert len(_store(tmp_path, teacher)) == len(store) == 8
+
+
+def test_what_a_teacher_had_embedded_is_kept(tmp_path, fake):
+  teacher, inputs = fake(), _inputs(range(20))
+  sound = teacher.encode
+
+  def encode(window):
+    if len(teacher.embedded) == 1:
+      places = [5, 2]
+      raise PartlyEncodedError("no more", places, sound([window[i] for i in places]))
+    return sound(window)
+
+  teacher.encode = encode
+  store = _store(tmp_path, teacher)
+  with pytest.raises(DataError, match=r"no more\. The 10 texts embedded before"):
+    embed_missing(store, teacher, inputs, _quiet)
+  kept = [*inputs[:8], inputs[13], inputs[10]]
+  assert len(store) == 10
+  expected = [teacher.vector(each) for each in kept]
+  np.testing.assert_array_equal(_vectors(_store(tmp_path, teacher), kept), expected)
+  assert embed_missing(store, fake(), inputs, _quiet) == 10
 
 
 def test_progress(tmp_path, fake, monkeypatch):

@@ -255,9 +255,14 @@ def test_timeouts(api, waits):
     ([_fault(429, _BUSY, "no more", [_day()])], "quota exhausted .*no more", 1),
     ([_fault(429, _BUSY, "no more", [_retry_info("7200s")])], "quota exhausted", 1),
     (
-      [_fault(400, "INVALID_ARGUMENT", f"{_KEY} is no key")],
-      r"refused \(400 INVALID_ARGUMENT: … is no key\) .* begins 'text 16'",
+      [_fault(503, "UNAVAILABLE", "closed", Retry_After="7200")],
+      r"asks to wait 7,200 seconds \(503 UNAVAILABLE: closed\)",
       1,
+    ),
+    (
+      [_fault(400, "INVALID_ARGUMENT", f"{_KEY} is no key")] * 4,
+      r"refused \(400 INVALID_ARGUMENT: … is no key\) the text that begins 'text 16'",
+      4,  # of 8, 4, 2 and 1 texts
     ),
     ([_fault(403, "PERMISSION_DENIED", "not you")], "refused .*not you", 1),
     (
@@ -310,6 +315,51 @@ def test_failures_that_do_not_pass(
   rows = store.locate(np.array([each.key() for each in inputs], np.uint64))
   expected = _unit([_vector(each.text, None, 8) for each in inputs])
   np.testing.assert_allclose(store.gather(rows), expected, atol=1e-6)
+
+
+def test_a_request_that_fails_keeps_those_before_it(api, teacher, tmp_path):
+  """Of the same window: they are paid for."""
+  api.answers += [_sound, _fault(403, "PERMISSION_DENIED", "not you")]
+  inputs = [Input(f"text {i}") for i in range(250)]
+  store = VectorStore.create_or_open(tmp_path, 8, "float32", teacher.fingerprint)
+  with pytest.raises(DataError, match="not you.* The 100 texts embedded before"):
+    embed_missing(store, teacher, inputs, _quiet)
+  assert len(store) == 100
+  embed_missing(store, teacher, inputs, _quiet)
+  assert [len(body["requests"]) for body in api.bodies] == [100, 100, 100, 50]
+  rows = store.locate(np.array([each.key() for each in inputs], np.uint64))
+  expected = _unit([_vector(each.text, None, 8) for each in inputs])
+  np.testing.assert_allclose(store.gather(rows), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [0, 37, 99])
+def test_a_refused_text_is_found(api, teacher, tmp_path, bad):
+  """The others of its batch before it are kept, and never sent again."""
+  refused = _fault(400, "INVALID_ARGUMENT", "bad text")
+  paid: list[str] = []
+
+  def judged(body: dict) -> Answer:
+    texts = [request["content"]["parts"][0]["text"] for request in body["requests"]]
+    if f"text {100 + bad}" in texts:
+      return refused(body)
+    paid.extend(texts)
+    return _sound(body)
+
+  api.answers += [judged] * 100
+  inputs = [Input(f"text {i}") for i in range(250)]
+  store = VectorStore.create_or_open(tmp_path, 8, "float32", teacher.fingerprint)
+  kept = f"The {100 + bad} texts embedded before are kept"
+  for _ in range(2):
+    with pytest.raises(
+      DataError, match=f"bad text.* the text that begins 'text {100 + bad}'.*"
+    ) as raised:
+      embed_missing(store, teacher, inputs, _quiet)
+    assert kept in str(raised.value)
+    kept = "The 0 texts"
+  assert len(store) == len(paid) == len(set(paid)) == 100 + bad
+  api.answers.clear()
+  embed_missing(store, teacher, inputs, _quiet)
+  assert len(store) == 250
 
 
 def _quiet(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import pathlib
 import pickle
@@ -160,7 +161,10 @@ def test_killed_at_a_rename_it_goes_on(pairs, fake, monkeypatch, rename):
   with pytest.raises(KeyboardInterrupt):
     teach(pairs.config, fake(window=20), "big", "float32", _quiet)
   store = pathlib.Path(pairs.config.cache_dir) / "teachers" / "big"
-  assert list(store.glob(".unfinished-0000-*"))
+  left = list(store.glob(".unfinished-0000-*"))
+  assert left
+  for path in left:
+    os.utime(path, (0, 0))  # hours ago
   monkeypatch.undo()
   teach(pairs.config, fake(window=20), "big", "float32", _quiet)
   _check(pairs, fake())
@@ -200,18 +204,33 @@ def test_two_at_once(pairs, fake):
   teach(pairs.config, fake(), "big", "float32", _quiet)
 
 
-def test_another_shard_completes_a_task_first(pairs, fake, monkeypatch):
-  """Both find all vectors: one of them is too late to write the same."""
+@pytest.mark.parametrize("others", [None, ["plain"]])
+def test_another_process_is_first_with_the_other_tasks(
+  pairs, fake, monkeypatch, others
+):
+  """It teaches them, or leaves them out as well, before this one leaves them out."""
   write = teach_module.teacher_vectors.write
 
-  def late(directory, *args):
-    write(directory, *args)
-    raise DataError("File exists")
+  def late(*args):
+    monkeypatch.undo()
+    teach(pairs.config, fake(), "big", "float32", _quiet, tasks=others)
+    write(*args)
 
   monkeypatch.setattr(teach_module.teacher_vectors, "write", late)
-  report = teach(pairs.config, fake(), "big", "float32", _quiet)
+  report = teach(pairs.config, fake(), "big", "float32", _quiet, (1, 2), ["plain"])
   assert all(task.ready for task in report.tasks)
-  _check(pairs, fake())
+  _check(pairs, fake(), names=["plain"] if others else ["plain", "hard"])
+  assert TeacherVectors(_task(pairs, "hard").directory, "big").taught == (not others)
+
+
+def test_tasks_left_out_with_vectors_of_another_teacher(pairs, fake):
+  teach(pairs.config, fake(), "big", "float32", _quiet)
+  shutil.rmtree(pathlib.Path(pairs.config.cache_dir, "teachers"))
+  new = fake(fingerprint="fake/2")
+  report = teach(pairs.config, new, "big", "float32", _quiet, tasks=["plain"])
+  (task,) = (task for task in report.tasks if task.name == "hard")
+  assert not task.ready
+  assert "teacher-big is of other vectors: teach it, too" in task.remark
 
 
 def test_another_teacher_under_the_name(pairs, fake):
@@ -256,6 +275,17 @@ def test_a_source_that_changed(pairs, fake, monkeypatch):
       DataError, match=f"'hard': example {example} is not .*`embgemma cache`"
     ):
       teach(pairs.config, fake(), "big", "float32", _quiet)
+
+
+def test_a_source_with_more_texts_than_were_cached(pairs, fake, monkeypatch):
+  manifest = cache.manifest(pairs.config)
+  monkeypatch.setattr(cache, "manifest", lambda config: manifest)
+  file = pairs.files["plain"]
+  lines = file.read_text().splitlines(keepends=True)
+  lines[5] = json.dumps(json.loads(lines[5]) | {"negatives": ["a", "b"]}) + "\n"
+  file.write_text("".join(lines))
+  with pytest.raises(DataError, match=r"'plain': example 5 is not .*`embgemma cache`"):
+    teach(pairs.config, fake(), "big", "float32", _quiet)
 
 
 def test_a_source_that_changes_meanwhile(pairs, fake):

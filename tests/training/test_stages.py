@@ -70,10 +70,24 @@ def test_a_typical_batch_with_a_teacher_is_one_that_is_read(
       assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
-def test_vectors_that_no_term_takes_are_not_read(config, manifest, mesh):
-  stage = EmbeddingStage(config, objective(), DATA)
+def test_without_a_teacher(config, manifest, mesh):
+  stage = EmbeddingStage(config, objective(), dataclasses.replace(DATA, teacher=None))
   assert source(stage, manifest, mesh).batch(0).arrays.teacher is None
   assert stage.typical_batch(np.full((9, 3), 5), 8, 2, 1024).arrays.teacher is None
+  assert stage.batch_settings(manifest)["teacher"] == []
+
+
+def test_vectors_that_no_term_takes(config):
+  with pytest.raises(ConfigError, match="TEACHER is 't', and the objective has no dis"):
+    EmbeddingStage(config, objective(), DATA)
+
+
+def test_a_run_resumes_with_the_same_teacher(config, manifest, teach):
+  for task in manifest.tasks:
+    teach(task, 24)
+  stage = EmbeddingStage(config, objective(MATCHING), DATA)
+  (fingerprint,) = stage.batch_settings(manifest)["teacher"]
+  assert fingerprint
 
 
 def test_a_task_that_was_not_taught(config, manifest, mesh, teach):
@@ -118,6 +132,6 @@ def test_teachers_of_the_wrong_width(term, widths, said, config, manifest, mesh,
 
 @pytest.mark.parametrize("avoid", [False, True])
 def test_duplicates_are_counted_where_they_are_avoided(config, manifest, mesh, avoid):
-  data = dataclasses.replace(DATA, avoid_duplicates=avoid)
+  data = dataclasses.replace(DATA, avoid_duplicates=avoid, teacher=None)
   stage = EmbeddingStage(config, objective(), data)
   assert source(stage, manifest, mesh).batch(0).duplicates == (0 if avoid else None)
