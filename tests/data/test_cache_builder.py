@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import grain
 import hypothesis
@@ -243,8 +244,8 @@ def test_nothing_is_done_twice(make):
     if path.is_file() and path.parent.name != "mixtures"
   }
   assert _build(config) == []
-  for path, time in before.items():
-    assert path.name == ".lock" or path.stat().st_mtime_ns == time
+  for path, written in before.items():
+    assert path.name == ".lock" or path.stat().st_mtime_ns == written
 
 
 def test_two_builds_at_once(make):
@@ -484,3 +485,77 @@ def test_a_cache_on_gs(make, bucket, monkeypatch, tmp_path):
     np.testing.assert_array_equal(one.lengths(), other.lengths())
     assert isinstance(other.hashes(), np.memmap)
     np.testing.assert_array_equal(one.hashes(), other.hashes())
+
+
+def test_a_source_that_changes_while_it_is_read(make, corpus, monkeypatch):
+  config = make()
+  write_shard = task_writer.write_shard
+
+  def changing(job):
+    write_shard(job)
+    path = corpus / "b-0.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"query": "q", "positive": "p"}\n'))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(task_writer, "write_shard", changing)
+    with pytest.raises(DataError, match="'b': a file of its source changed while it"):
+      _build(config)
+  assert cache.manifest(config) is None
+  _build(config)
+  assert cache.manifest(config).tasks[1].statistics["examples"] == 5
+
+
+def test_a_kind_that_a_record_alone_names(make, corpus):
+  records = [{"query": f"q{i}", "positive": "p", "task": "qa"} for i in range(3)]
+  records[1]["task"] = "poem"
+  path = corpus / "kinds.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  config = make(tasks=(Task("t", JsonlSource(str(path))),))
+  with pytest.raises(DataError, match="unknown kind 'poem'; .* query begins 'q1'"):
+    _build(config)
+  config = dataclasses.replace(config, on_bad_record="skip")
+  log = _build(config)
+  assert log[1] == "skipped 1 bad records of t:"
+  (cached,) = cache.manifest(config).tasks
+  queries = [content_hash(query) for query in ("q0", "q2")]
+  assert cached.hashes()[:, 0].tolist() == queries
+  task = open_tasks(config)[0]
+  assert [e["query"] for e in cache.kept_examples(config, task)] == ["q0", "q2"]
+
+
+def test_ids_survive_the_cut(make, corpus, vocabulary):
+  long = "word " * 300
+  records = [{"query": f"{long}{i}", "positive": f"{long}{i}"} for i in range(2)]
+  path = corpus / "long.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  task = Task("t", JsonlSource(str(path)), "classification", unique_ids=True)
+  config = make(tasks=(task,))
+  _build(config)
+  (cached,) = cache.manifest(config).tasks
+  source = grain.sources.ArrayRecordDataSource(cached.paths)
+  read = decode_records([source[i] for i in range(2)], 2)
+  spans = (read.starts[:, 0], read.lengths[:, 0])
+  queries = [read.words[s : s + n] for s, n in zip(*spans, strict=True)]
+  assert len(queries[0]) == len(queries[1]) == 40
+  assert queries[0].tolist() != queries[1].tolist()
+
+
+def test_a_file_named_twice(make, corpus):
+  both = (str(corpus / "a-*.jsonl.gz"), str(corpus / "a-0.jsonl.gz"))
+  config = make(tasks=(Task("t", JsonlSource(both)),))
+  with pytest.raises(DataError, match=r"a-0.jsonl.gz: named twice by the paths"):
+    _build(config)
+
+
+def test_a_failed_job_ends_the_others(make):
+  """Nobody waits for what is written again anyway."""
+  began = time.monotonic()
+  with pytest.raises(DataError, match="no"):
+    list(executors.ProcessPool(2).run(_wait_or_fail, [0, 60, 60, 60]))
+  assert time.monotonic() - began < 30
+
+
+def _wait_or_fail(seconds: float) -> None:
+  if not seconds:
+    raise DataError("no")
+  time.sleep(seconds)

@@ -368,3 +368,22 @@ def test_control_ids_that_cannot_be(text_config, trained, changes, rows, message
 def test_sentinels_beyond_the_vocabulary(text_config, trained):
   config = dataclasses.replace(text_config, sentinels=Sentinels(520, 50))
   assert config.corruption(trained, 570).sentinels == Sentinels(520, 50)
+
+
+def test_prompts_that_records_may_name(config, tmp_path, monkeypatch):
+  """Of a task without a kind, and of tasks of modules, any prompt counts."""
+  poem = {"poem": "task: poem | query: "}
+  other = {"poem": "poem: "}
+  before = dataclasses.replace(config, tasks=config.tasks[:1], prompts=poem)
+  after = dataclasses.replace(before, prompts=other)
+  assert before.tasks[0].kind is None
+  name = before.tasks[0].name
+  assert before.task_directory(name, "v") != after.task_directory(name, "v")
+  (tmp_path / "registers.py").write_text("")
+  monkeypatch.syspath_prepend(tmp_path)
+  modules = dataclasses.replace(before, tasks=(), modules=("registers",))
+  changed = dataclasses.replace(modules, prompts=other)
+  assert modules.task_directory("x", "v") != changed.task_directory("x", "v")
+  assert modules.manifest_path() != changed.manifest_path()
+  # Cleaning sees texts alone.
+  assert before.cleaned_directory(name) == after.cleaned_directory(name)
