@@ -130,13 +130,13 @@ def test_teach_then_distil(workspace, trained, mined, tmp_path):
   done = workspace.run("train", *flags, run)
   _ok(done)
   assert "trained to step 12" in done.stdout
-  for change, setting in (
-    ("--gin.TEACHER=None", "teacher"),
-    ("--gin.AVOID_DUPLICATES=False", "avoid_duplicates"),
-    ("--gin.MIXTURE_RATES=even", "mixture"),
+  terms = "--gin.Objective.terms=(@Nce(), @SpreadOut())"
+  for changes, setting in (
+    (("--gin.TEACHER=None", terms), "teacher"),
+    (("--gin.AVOID_DUPLICATES=False",), "avoid_duplicates"),
+    (("--gin.MIXTURE_RATES=even",), "mixture"),
   ):
-    terms = "--gin.Objective.terms=(@Nce(), @SpreadOut())"
-    other = workspace.run("train", *flags, run, change, terms, "--gin.TRAIN_STEPS=14")
+    other = workspace.run("train", *flags, run, *changes, "--gin.TRAIN_STEPS=14")
     assert other.returncode == 1
     assert f"other data settings ({setting}: " in other.stderr
 
