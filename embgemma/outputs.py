@@ -70,8 +70,8 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def locked(path: pathlib.Path, busy: Callable[[], None]) -> Iterator[None]:
   """Holds a lock file against other processes, until this one ends, however it does.
 
-  A file system without locks counts as free: what is guarded is work done twice, which
-  is a waste and no harm.
+  A file system without locks counts as free: what is guarded must bear two processes
+  that do the same work.
 
   Args:
     path: Of the lock; it stays.
