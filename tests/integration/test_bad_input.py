@@ -243,7 +243,6 @@ def test_record(name, run, workspace, trained, tmp_path):
     f"--gin.VOCABULARY={trained / 'tokenizer.model'}",
   )
   check_message(done, mentions)
-  # Nothing unfinished is left.
   # Nothing that counts as complete, and nothing half-written.
   left = {path.name for path in cache.rglob("*") if path.is_file()} - {".lock"}
   assert not [name for name in left if name.startswith(".") or name.endswith(".json")]
