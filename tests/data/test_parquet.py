@@ -112,7 +112,7 @@ def test_rows_of_a_format(write):
     "negative_passages": [{"docid": "2", "title": "", "text": "n"}],
   }
   found = _read(ParquetSource(write([row]), format="tevatron"))
-  assert found == [example("q", "T\np", ["n"])]
+  assert found == [example("q", "p", ["n"], title="T")]
   rows = [
     {"premise": "a", "hypothesis": str(label), "label": label} for label in (0, 1, 2)
   ]

@@ -149,12 +149,13 @@ def test_a_teacher_of_another_width(workspace, trained, tmp_path):
     f"--gin.CACHE_DIR={tmp_path / 'cache'}",
     f"--gin.MODEL_DIR={tmp_path / 'run'}",
   )
-  _ok(workspace.run("teach", *flags, f"--teacher={trained}", "--width=16"))
-  done = workspace.run("train", *flags)
+  teach = ("teach", *flags, f"--teacher={trained}", "--width=16")
+  done = workspace.run(*teach)
   assert done.returncode == 1
-  assert "needs the first 32 coordinates of the teacher, which has only 16" in (
-    done.stderr
-  )
+  message = "needs the first 32 coordinates of the teacher, which has only 16"
+  assert message in done.stderr
+  assert not (tmp_path / "cache").exists()  # said before anything is embedded
+  _ok(workspace.run(*teach, "--gin.EmbeddingMatching.widths=(16,)"))
   vectors = VectorStore(tmp_path / "cache" / "teachers" / "narrow")
   rows = np.arange(len(vectors))
   norms = np.linalg.norm(vectors.gather(rows).astype(np.float32), axis=1)
