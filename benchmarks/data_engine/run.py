@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from embgemma.evaluation.suite import MAIN_METRICS
+from embgemma.evaluation.suite import main_scores, read_results
 
 HERE = pathlib.Path(__file__).parent.resolve()
 SEEDS = (0, 1)
@@ -105,16 +105,9 @@ def random_negatives(options: argparse.Namespace) -> None:
 
 def scores(run: pathlib.Path) -> dict[str, float]:
   """Main metric of each dev set at the largest width, after the last step, in %."""
-  results = json.loads((run / "evaluations.json").read_text())
-  found = {}
-  for task, metrics in results[max(results, key=int)].items():
-    own = {
-      int(width): value
-      for metric, width, value in ((*k.split("/"), v) for k, v in metrics.items())
-      if metric in MAIN_METRICS
-    }
-    found[task] = 100 * own[max(own)]
-  return found
+  results = read_results(run / "evaluations.json")
+  last = main_scores(results[max(results, key=int)])
+  return {task: 100 * score for task, score in last.items()}
 
 
 def table(runs: Mapping[str, Sequence[pathlib.Path]]) -> str:

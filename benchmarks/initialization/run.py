@@ -12,7 +12,6 @@ stop it goes on from the last checkpoint; what is complete is not done again.
 """
 
 import argparse
-import json
 import pathlib
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embgemma.evaluation.suite import MAIN_METRICS
+from embgemma.evaluation.suite import main_scores, read_results
 
 HERE = pathlib.Path(__file__).parent.resolve()
 PAPER = {"encoder-decoder": 60.4, "decoder": 59.7, "random": 45.2}
@@ -50,16 +49,9 @@ def train(
 
 def scores(run: pathlib.Path) -> dict[str, float]:
   """Main metric of each dev set at the largest width, after the last step, in %."""
-  results = json.loads((run / "evaluations.json").read_text())
-  found = {}
-  for task, metrics in results[max(results, key=int)].items():
-    own = {
-      int(width): value
-      for metric, width, value in ((*k.split("/"), v) for k, v in metrics.items())
-      if metric in MAIN_METRICS
-    }
-    found[task] = 100 * own[max(own)]
-  return found
+  results = read_results(run / "evaluations.json")
+  last = main_scores(results[max(results, key=int)])
+  return {task: 100 * score for task, score in last.items()}
 
 
 def table(runs: Mapping[str, list[pathlib.Path]]) -> str:

@@ -97,23 +97,28 @@ def bm25_results(chosen: Sequence[Any]) -> TaskResults:
   }
 
 
-def mean_score(results: TaskResults) -> float:
-  """Mean over tasks of what stands for each; higher is better.
+def main_scores(results: TaskResults) -> dict[str, float]:
+  """What stands for each task; higher is better.
 
   It is the main metric at the widest width, in 0..1, or a loss with its sign turned.
   """
-  scores = []
-  for metrics in results.values():
+  scores = {}
+  for task, metrics in results.items():
     if LOSS in metrics:
-      scores.append(-metrics[LOSS])
+      scores[task] = -metrics[LOSS]
       continue
     widest: dict[int, float] = {}
     for key, value in metrics.items():
       metric, _, width = key.rpartition("/")
       if metric in MAIN_METRICS:
         widest[int(width)] = value
-    scores.append(widest[max(widest)])
-  return float(np.mean(scores))
+    scores[task] = widest[max(widest)]
+  return scores
+
+
+def mean_score(results: TaskResults) -> float:
+  """Mean over tasks of `main_scores`."""
+  return float(np.mean(list(main_scores(results).values())))
 
 
 def read_results(path: pathlib.Path) -> dict[str, TaskResults]:
