@@ -23,9 +23,10 @@ import numpy as np
 
 from embgemma.data import cache_builder, teacher_vectors
 from embgemma.data.cache import CachedTask
+from embgemma.data.config import FEATURES, DataConfig
 from embgemma.data.reader import Shards, StepBatch, StepSource, read_batches
 from embgemma.data.schedule import RecordSchedule
-from embgemma.data.tasks import FEATURES, DataConfig, builtin_tasks
+from embgemma.data.tasks import builtin_tasks
 from embgemma.data.teacher_vectors import TeacherVectors
 from embgemma.data.vector_store import VectorStore
 

@@ -1,6 +1,7 @@
 """The flags of every command."""
 
 import argparse
+import re
 from collections.abc import Sequence
 
 from embgemma import __version__
@@ -261,6 +262,17 @@ def split_gin_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]
     else:
       kept.append(argument)
   return kept, bindings
+
+
+def counts(flag: str, value: str) -> list[int]:
+  """Positive numbers separated by commas, of a flag.
+
+  Raises:
+    ConfigError: they are not.
+  """
+  if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", value):
+    raise ConfigError(f"--{flag}={value}: write 1024,4096")
+  return [int(number) for number in value.split(",")]
 
 
 def without_process_flags(command_line: Sequence[str]) -> list[str]:

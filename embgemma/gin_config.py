@@ -28,6 +28,7 @@ _MACRO = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 def register() -> None:
   """Makes the configurable names known to gin, once."""
   from embgemma import checkpoints
+  from embgemma.data import config as data_config
   from embgemma.data import (
     decontamination,
     denoisers,
@@ -77,14 +78,13 @@ def register() -> None:
       tasks,
       (
         "Task",
-        "DataConfig",
-        "TextDataConfig",
         "builtin_tasks",
         "builtin_text_tasks",
         "jsonl_tasks",
         "text_tasks",
       ),
     ),
+    (data_config, ("DataConfig", "TextDataConfig")),
     (optimizers, ("Schedule", "OptimizerConfig")),
     (partitioning, ("Partitioner",)),
     (checkpoints, ("CheckpointPolicy",)),
@@ -288,6 +288,11 @@ def resolve(name: str, **arguments: Any) -> Any:
     if "configurable" not in str(error):
       raise
     raise ConfigError(f"gin: {_first_lines(error)}") from error
+
+
+def operative_config() -> str:
+  """The parameters that were used so far, in gin's words."""
+  return gin.operative_config_str()
 
 
 def train_arguments(allowed: Sequence[str] = ()) -> dict[str, Any]:

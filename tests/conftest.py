@@ -3,6 +3,7 @@
 import os
 
 import hypothesis
+import pytest
 
 # Before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,3 +19,21 @@ hypothesis.settings.register_profile(
   suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("embgemma")
+
+
+@pytest.fixture(scope="session")
+def write_examples():
+  """Writes a complete cache of examples at hand; returns its statistics."""
+  from etils import epath
+
+  from embgemma.data.bad_records import SkipLog
+  from embgemma.data.shard_writer import write_parts
+  from embgemma.data.task_index import finish_task
+
+  def write(directory, examples, cut_at):
+    root = epath.Path(directory)
+    items = ((place, [example]) for place, example in enumerate(examples, 1))
+    write_parts(root, (0, 0), items, cut_at, SkipLog(), lambda count: None)
+    return finish_task(root, root.name, 1, {}, pairs=cut_at is not None)["statistics"]
+
+  return write

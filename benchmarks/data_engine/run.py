@@ -1,8 +1,9 @@
-"""What hard negatives and distillation give a small model in a short finetuning.
+"""What hard negatives and distillation give a small model in a short training.
 
 Negatives are mined with a better model; then the same checkpoint is finetuned for the
 same steps with random, mined, and filtered negatives, and, on the filtered, with
-embedding matching to that model's vectors, with and without those of negatives.
+embedding matching to that model's vectors, with and without those of negatives. The
+arms of distillation are run from random weights, too.
 
     python benchmarks/data_engine/run.py --data=DIR --start=MODEL_DIR \
       --teacher=MODEL_DIR --output=DIR
@@ -26,21 +27,21 @@ from embgemma.evaluation.suite import main_scores, read_results
 
 HERE = pathlib.Path(__file__).parent.resolve()
 SEEDS = (0, 1)
-DISTILL = "(@Nce(), @SpreadOut(), @EmbeddingMatching())"
-ARMS: Mapping[str, tuple[str, Mapping[str, object]]] = {
-  "no hard negatives": ("filtered", {"MAX_NEGATIVES": 0}),
-  "random negatives": ("random", {}),
-  "mined": ("mined", {}),
-  "mined, filtered": ("filtered", {}),
-  "+ distillation (Q, P+)": (
-    "filtered",
-    {
-      "TEACHER": "mini",
-      "TERMS": DISTILL,
-      "EmbeddingMatching.roles": ("query", "positive"),
-    },
-  ),
-  "+ distillation (Q, P+, P-)": ("filtered", {"TEACHER": "mini", "TERMS": DISTILL}),
+DISTILL = {"TEACHER": "mini", "TERMS": "(@Nce(), @SpreadOut(), @EmbeddingMatching())"}
+NO_NEGATIVES = {**DISTILL, "EmbeddingMatching.roles": ("query", "positive")}
+FINETUNED = "gin/models/from_checkpoint.gin"
+RANDOM = "random_weights.gin"
+# Of each arm: its model, the set of its negatives, and what it binds.
+ARMS: Mapping[str, tuple[str, str, Mapping[str, object]]] = {
+  "no hard negatives": (FINETUNED, "filtered", {"MAX_NEGATIVES": 0}),
+  "random negatives": (FINETUNED, "random", {}),
+  "mined": (FINETUNED, "mined", {}),
+  "mined, filtered": (FINETUNED, "filtered", {}),
+  "+ distillation (Q, P+)": (FINETUNED, "filtered", NO_NEGATIVES),
+  "+ distillation (Q, P+, P-)": (FINETUNED, "filtered", DISTILL),
+  "random weights": (RANDOM, "filtered", {}),
+  "random weights + distillation (Q, P+)": (RANDOM, "filtered", NO_NEGATIVES),
+  "random weights + distillation (Q, P+, P-)": (RANDOM, "filtered", DISTILL),
 }
 
 
@@ -133,15 +134,14 @@ def main() -> None:
   mine(options, "mined", None)
   mine(options, "filtered", 0.95)
   random_negatives(options)
-  teach = flags(
-    options, ["finetune.gin", "filtered/tasks.gin"], TEACHER="mini", MODEL_DIR="unused"
-  )
+  files = ["finetune.gin", "filtered/tasks.gin", FINETUNED]
+  teach = flags(options, files, TEACHER="mini", MODEL_DIR="unused")
   embgemma(options, "teach", "teach", *teach, f"--teacher={options.teacher}")
   runs: dict[str, list[pathlib.Path]] = {}
   for seed in SEEDS:
-    for number, (arm, (sets, macros)) in enumerate(ARMS.items()):
+    for number, (arm, (model, sets, macros)) in enumerate(ARMS.items()):
       run = options.output / f"run_{number}_{seed}"
-      files = ["finetune.gin", f"{sets}/tasks.gin"]
+      files = ["finetune.gin", f"{sets}/tasks.gin", model]
       own = flags(options, files, MODEL_DIR=run, RANDOM_SEED=seed, **macros)
       embgemma(options, run.name, "train", *own)
       runs.setdefault(arm, []).append(run)

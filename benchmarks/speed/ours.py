@@ -155,14 +155,15 @@ class Ours:
   def packing(self) -> dict[str, Any]:
     """Token slots of all batches, shapes, microbatches, and seconds of packing."""
     start = time.perf_counter()
-    found = [self._packed(batch).group_shapes(1) for batch in self._batches]
+    packed = [self._packed(batch).groups for batch in self._batches]
     seconds = time.perf_counter() - start
+    shapes = {tuple((g.tokens.shape, g.starts.shape) for g in own) for own in packed}
     return {
-      "slots": sum(shape.tokens for shapes in found for shape in shapes),
-      "shapes": len(set(found)),
-      "microbatches": [shape.microbatches for shape in found[0]],
-      "rows": [f"{s.microbatches}x{s.rows}x{s.length}" for s in found[0]],
-      "seconds": seconds / len(found),
+      "slots": sum(group.tokens.size for own in packed for group in own),
+      "shapes": len(shapes),
+      "microbatches": [len(group.tokens) for group in packed[0]],
+      "rows": ["x".join(map(str, group.tokens.shape)) for group in packed[0]],
+      "seconds": seconds / len(packed),
     }
 
   def flops(self) -> float:
@@ -207,12 +208,13 @@ class Ours:
     """Batches a second of the input pipeline alone: a cache of JSONL pairs, packed."""
     # Where the input pipeline runs, grain is; a cache is built with seqio.
     from embgemma.data import cache, cache_builder, reader, schedule, tasks
+    from embgemma.data.config import FEATURES, DataConfig
 
     length = self._spec["max_tokens"]
     negatives = len(self._batches[0].columns) - 2
-    config = tasks.DataConfig(
+    config = DataConfig(
       "pairs",
-      dict.fromkeys(tasks.FEATURES, length),
+      dict.fromkeys(FEATURES, length),
       tasks.jsonl_tasks({"pairs": {"path": list(files)}}),
       vocabulary=str(self._folder / "model" / "tokenizer.model"),
       max_negatives=negatives,

@@ -128,13 +128,15 @@ class Texts:
     Equal texts in a batch are no negatives of each other here and are in
     sentence-transformers, whose sampler therefore keeps them apart.
     """
-    from embgemma.data import prompts, sources
+    from embgemma.data import prompts
+    from embgemma.data.jsonl import read_jsonl
+    from embgemma.data.record_formats import pair_example
 
     rows: list[tuple[str, ...]] = []
     seen: set[str] = set()
     for path in paths:
-      for number, record in sources.read_jsonl(path):
-        example = sources.pair_example(record, f"{path}:{number}")
+      for number, record in read_jsonl(path):
+        example = pair_example(record, f"{path}:{number}")
         own = (example["positive"], *example.get("negatives", ())[:negatives])
         texts = (example["query"], *own)
         if len(texts) != 2 + negatives or seen.intersection(texts):

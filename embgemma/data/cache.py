@@ -21,17 +21,12 @@ from etils import epath
 
 from embgemma import outputs
 from embgemma.data import cleaning, tokenization
-from embgemma.data.bad_records import leave_out
+from embgemma.data.bad_records import SkipLog, leave_out
+from embgemma.data.config import CachedData, DataConfig, user_cache_dir
 from embgemma.data.files import fingerprint, is_remote
+from embgemma.data.fingerprints import digest
 from embgemma.data.mixture import mixture_rates
-from embgemma.data.sources import SkipLog
 from embgemma.data.task_examples import TaskExamples
-from embgemma.data.tasks import (
-  CachedData,
-  DataConfig,
-  digest,
-  user_cache_dir,
-)
 from embgemma.errors import DataError
 
 
@@ -43,8 +38,10 @@ class CachedTask:
     name: The task's.
     rate: Its weight in the mixture.
     directory: Where its files lie.
-    statistics: What `index.json` says: see `cache_builder.STATISTICS`.
+    statistics: What `index.json` says: see `task_index`.
     symmetric: Whether query and positive may change places.
+    unique_ids: Whether the texts of different examples are always different to the
+      loss: see `tasks.Task`.
   """
 
   name: str
@@ -52,6 +49,7 @@ class CachedTask:
   directory: epath.Path | pathlib.Path
   statistics: dict[str, Any]
   symmetric: bool = False
+  unique_ids: bool = False
 
   @property
   def paths(self) -> list[str]:
@@ -114,11 +112,24 @@ def local_copy(path: epath.Path) -> pathlib.Path:
   return mirror
 
 
+class DamagedCacheError(DataError):
+  """A task's cache is not whole.
+
+  Args:
+    path: Of the file that is missing or damaged.
+    message: As of a DataError.
+  """
+
+  def __init__(self, path: epath.Path, message: str):
+    super().__init__(message)
+    self.path = path
+
+
 def read_index(directory: epath.Path) -> dict[str, Any] | None:
   """The index of a complete task cache; None if there is none.
 
   Raises:
-    DataError: the cache is there but damaged.
+    DamagedCacheError: the cache is there but damaged.
   """
   path = directory / "index.json"
   if not path.exists():
@@ -127,13 +138,14 @@ def read_index(directory: epath.Path) -> dict[str, Any] | None:
     index = json.loads(path.read_text())
     files, _ = index["files"], index["statistics"]
   except (ValueError, KeyError, TypeError, OSError) as error:
-    raise DataError(
-      f"{directory}: damaged cache ({error}); delete the directory to rebuild it"
+    raise DamagedCacheError(
+      path, f"{directory}: damaged cache ({error}); delete the directory to rebuild it"
     ) from error
   if damaged := damaged_files(directory, files):
-    raise DataError(
+    raise DamagedCacheError(
+      directory / damaged[0],
       f"{directory / damaged[0]}: missing, or not of the {files[damaged[0]]} bytes "
-      "that the index says; `embgemma cache` with the same flags writes it again"
+      "that the index says; `embgemma cache` with the same flags writes it again",
     )
   return index
 
@@ -159,19 +171,20 @@ def manifest(config: CachedData) -> Manifest | None:
     return None
   try:
     entries = json.loads(path.read_text())["tasks"]
-    listed = [
-      (entry["name"], entry["rate"], entry["symmetric"], entry["directory"])
-      for entry in entries
-    ]
+    listed = [(entry["name"], entry["rate"], entry["directory"]) for entry in entries]
   except (ValueError, KeyError, TypeError, OSError) as error:
     raise DataError(f"{path}: damaged ({error}); delete it to rebuild it") from error
+  declared = {task.name: task for task in config.tasks}
   tasks = []
-  for name, rate, symmetric, relative in listed:
+  for name, rate, relative in listed:
     directory = config.cache_root / relative
     index = read_index(directory)
     if index is None:
       return None
-    tasks.append(CachedTask(name, rate, directory, index["statistics"], symmetric))
+    flags = {}
+    if own := declared.get(name):
+      flags = {"symmetric": own.symmetric, "unique_ids": own.unique_ids}
+    tasks.append(CachedTask(name, rate, directory, index["statistics"], **flags))
   rates = mixture_rates(tasks, config.rates)
   rated = (
     dataclasses.replace(task, rate=rate)

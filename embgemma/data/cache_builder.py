@@ -1,6 +1,6 @@
 """Building caches: cleaning, vocabulary, then every shard of every task.
 
-All that takes long leaves files behind (`task_writer`, `cleaning`) and runs on an
+All that takes long leaves files behind (`shard_writer`, `cleaning`) and runs on an
 executor; what is there already is not made again. TensorFlow comes in only where a
 task's source needs it.
 """
@@ -11,16 +11,17 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from embgemma import outputs
-from embgemma.data import cache, cleaning, files, task_writer, tokenization
-from embgemma.data.cache import Manifest
-from embgemma.data.executors import Executor, InProcess
-from embgemma.data.sources import SkipLog
+from embgemma.data import cache, cleaning, files, shard_writer, task_index, tokenization
+from embgemma.data.bad_records import SkipLog
+from embgemma.data.cache import DamagedCacheError, Manifest
+from embgemma.data.config import CachedData, DataConfig
+from embgemma.data.executors import Count, Executor, InProcess
 from embgemma.data.task_examples import TaskExamples, open_tasks
-from embgemma.data.tasks import CachedData, DataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import DataError
 
@@ -69,12 +70,7 @@ def build(config: CachedData, log: Log, executor: Executor | None = None) -> Man
         "command again"
       )
   entries = [
-    {
-      "name": task.name,
-      "rate": task.rate,
-      "symmetric": task.symmetric,
-      "directory": directories[task.name],
-    }
+    {"name": task.name, "rate": task.rate, "directory": directories[task.name]}
     for task in tasks
   ]
   with files.new_file(config.manifest_path()) as made:
@@ -86,26 +82,18 @@ def build(config: CachedData, log: Log, executor: Executor | None = None) -> Man
 
 def _is_complete(directory: epath.Path) -> bool:
   """Whether a task's cache is whole."""
-  sizes = _indexed_files(directory)
-  return sizes is not None and not cache.damaged_files(directory, sizes)
-
-
-def _indexed_files(directory: epath.Path) -> dict[str, int] | None:
-  """Sizes that the index of a task's cache gives; None if there is none."""
-  path = directory / "index.json"
-  if not path.exists():
-    return None
   try:
-    return json.loads(path.read_text())["files"]
-  except (ValueError, KeyError, TypeError, OSError):
-    return {path.name: -1}
+    return cache.read_index(directory) is not None
+  except DamagedCacheError:
+    return False
 
 
 def _drop_damaged(directory: epath.Path, log: Log) -> None:
   """Has a damaged cache no longer count as complete; its lock is held."""
-  sizes = _indexed_files(directory)
-  if sizes is not None and (damaged := cache.damaged_files(directory, sizes)):
-    log(f"{directory / damaged[0]} is damaged: writing the task again")
+  try:
+    cache.read_index(directory)
+  except DamagedCacheError as error:
+    log(f"{error.path} is damaged: writing the task again")
     (directory / "index.json").unlink(missing_ok=True)
 
 
@@ -145,7 +133,7 @@ def _write_tasks(
   for name, (task, root) in missing.items():
     decisions = cache.cleaning_directory(config, name)
     jobs += [
-      task_writer.ShardJob(
+      shard_writer.ShardJob(
         config,
         task.alone(shard),
         shard,
@@ -157,11 +145,11 @@ def _write_tasks(
       for shard in range(task.num_shards)
     ]
   left = {name: task.num_shards for name, (task, _) in missing.items()}
-  progress = _Progress(len(jobs), log)
-  for number in executor.run(task_writer.write_shard, jobs):
+  progress = _Progress("cached", len(jobs), log)
+  for number in executor.run(shard_writer.write_shard, jobs, progress.count):
     job = jobs[number]
     left[job.task.name] -= 1
-    progress.done()
+    progress.shard_done()
     if not left[job.task.name]:
       _finish(config, job.task, epath.Path(job.directory), log)
 
@@ -173,7 +161,7 @@ def _finish(
   if (decisions := cache.cleaning_directory(config, task.name)) is not None:
     dropped = cleaning.report(decisions)["dropped"]
   pairs = isinstance(config, DataConfig)
-  index = task_writer.finish_task(directory, task.name, task.num_shards, dropped, pairs)
+  index = task_index.finish_task(directory, task.name, task.num_shards, dropped, pairs)
   statistics = index["statistics"]
   line = (
     f"cached {task.name}: {statistics['examples']:,} examples, "
@@ -192,19 +180,36 @@ def _finish(
 
 @dataclasses.dataclass
 class _Progress:
-  """Says now and then how many of the shards are done."""
+  """Says now and then how many of the shards are done, and examples of them all.
 
+  Attributes:
+    what: Is done to them.
+    total: Shards.
+    log: Takes lines.
+  """
+
+  what: str
   total: int
   log: Log
   finished: int = 0
+  examples: int = 0
   said: float = dataclasses.field(default_factory=time.monotonic)
 
-  def done(self) -> None:
+  def count(self, examples: int) -> None:
+    self.examples = examples
+    self._say()
+
+  def shard_done(self) -> None:
     self.finished += 1
+    self._say()
+
+  def _say(self) -> None:
     now = time.monotonic()
-    if now - self.said > _REPORT_SECONDS and self.finished < self.total:
-      self.said = now
-      self.log(f"cached {self.finished:,} of {self.total:,} shards")
+    if now - self.said <= _REPORT_SECONDS or self.finished == self.total:
+      return
+    self.said = now
+    shards = f"{self.finished:,} of {self.total:,} shards"
+    self.log(f"{self.what} {shards}, {self.examples:,} examples so far")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,9 +222,14 @@ class _ScanJob:
   directory: str
 
 
-def _scan(job: _ScanJob) -> None:
+def _scan(job: _ScanJob, count: Count) -> None:
+  def counted(examples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for number, example in enumerate(examples, 1):
+      count(number)
+      yield example
+
   with contextlib.closing(job.task.examples(job.shard, SkipLog())) as examples:
-    cleaning.scan(examples, job.cleaners, job.directory, job.shard)
+    cleaning.scan(counted(examples), job.cleaners, job.directory, job.shard)
 
 
 def _clean(
@@ -244,9 +254,11 @@ def _clean(
       for shard in range(task.num_shards)
     ]
     left = {task.name: task.num_shards for task in tasks}
-    for number in executor.run(_scan, jobs):
+    progress = _Progress("scanned", len(jobs), log)
+    for number in executor.run(_scan, jobs, progress.count):
       task = jobs[number].task
       left[task.name] -= 1
+      progress.shard_done()
       if not left[task.name]:
         report = cleaning.decide(cleaners, directories[task.name], task.num_shards)
         first, *others = cleaning.report_lines(report)

@@ -80,6 +80,30 @@ def repeated_texts(
   return numbers
 
 
+def repeated_examples(hashes: UInt64[np.ndarray, "n 2"]) -> Int[np.ndarray, "n 2"]:
+  """As `repeated_texts`, where texts are the same only in one and the same example.
+
+  Args:
+    hashes: Of queries and positives.
+  """
+  _, inverse, counts = np.unique(
+    example_keys(hashes), return_inverse=True, return_counts=True
+  )
+  repeated = counts > 1
+  number = np.where(repeated, np.cumsum(repeated), 0)[inverse]
+  return np.stack([number, np.zeros_like(number)], axis=1)
+
+
+def example_keys(hashes: UInt64[np.ndarray, "n _"]) -> UInt64[np.ndarray, " n"]:
+  """One number for the query and the positive of each example.
+
+  Args:
+    hashes: Of queries, positives and more.
+  """
+  # One odd multiple: (a, b) and (b, a) differ.
+  return hashes[:, 0] * np.uint64(0x9E3779B97F4A7C15) + hashes[:, 1]
+
+
 def _conflicts(
   texts: Int[np.ndarray, "n 2"], batches: int
 ) -> tuple[Int[np.ndarray, " c"], UInt64[np.ndarray, " t"]]:

@@ -6,18 +6,28 @@ whole or not there: to run one twice, or again after it was killed, does no harm
 
 import concurrent.futures
 import dataclasses
+import functools
 import multiprocessing
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from embgemma import errors
 from embgemma.errors import ConfigError, DataError, EmbgemmaError
 
-Job = Callable[[Any], None]
+_COUNTED_SECONDS = 1.0  # between looks at what processes have done
+
+Count = Callable[[int], None]
+"""Takes a number of examples that grows."""
+
+Job = Callable[[Any, Count], None]
+"""Works on its first argument; tells the other how many of its examples are done."""
 
 
 @runtime_checkable
@@ -28,8 +38,13 @@ class Executor(Protocol):
     """Threads that each of so many jobs should use; -1 is one a core."""
     ...
 
-  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+  def run(self, function: Job, jobs: Sequence[Any], count: Count) -> Iterator[int]:
     """Runs a function on each job; yields their numbers as they end.
+
+    Args:
+      function: Of a module.
+      jobs: What it is run on.
+      count: Takes how many examples of all jobs are done, where that can be known.
 
     Raises:
       EmbgemmaError: that of the first job which fails. Others may have ended by then.
@@ -44,9 +59,17 @@ class InProcess:
   def job_threads(self, jobs: int) -> int:
     return -1
 
-  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+  def run(self, function: Job, jobs: Sequence[Any], count: Count) -> Iterator[int]:
+    earlier = latest = 0
+
+    def count_own(examples: int) -> None:
+      nonlocal latest
+      latest = earlier + examples
+      count(latest)
+
     for number, job in enumerate(jobs):
-      function(job)
+      function(job, count_own)
+      earlier = latest
       yield number
 
 
@@ -67,19 +90,33 @@ class ProcessPool:
   def job_threads(self, jobs: int) -> int:
     return -1 if min(self.workers, jobs) < 2 else 1
 
-  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+  def run(self, function: Job, jobs: Sequence[Any], count: Count) -> Iterator[int]:
     if self.workers == 1 or len(jobs) < 2:
-      yield from InProcess().run(function, jobs)
+      yield from InProcess().run(function, jobs, count)
       return
     context = multiprocessing.get_context("spawn")  # threads and TensorFlow: no fork
-    with concurrent.futures.ProcessPoolExecutor(
-      min(self.workers, len(jobs)), context, begin_worker
-    ) as pool:
-      numbers = {pool.submit(function, job): n for n, job in enumerate(jobs)}
+    with (
+      tempfile.NamedTemporaryFile() as file,
+      concurrent.futures.ProcessPoolExecutor(
+        min(self.workers, len(jobs)), context, begin_worker
+      ) as pool,
+    ):
+      # Shared memory without a lock, which a killed worker could hold.
+      counts = np.memmap(file.name, np.int64, "w+", shape=len(jobs))
+      numbers = {
+        pool.submit(_counted, function, file.name, n, job): n
+        for n, job in enumerate(jobs)
+      }
+      waiting = set(numbers)
       try:
-        for future in concurrent.futures.as_completed(numbers):
-          future.result()
-          yield numbers[future]
+        while waiting:
+          ended, waiting = concurrent.futures.wait(
+            waiting, _COUNTED_SECONDS, concurrent.futures.FIRST_COMPLETED
+          )
+          count(int(counts.sum()))
+          for future in ended:
+            future.result()
+            yield numbers[future]
       except concurrent.futures.process.BrokenProcessPool as error:
         raise DataError(
           "a worker was killed (perhaps out of memory: lower --workers); what is "
@@ -90,6 +127,12 @@ class ProcessPool:
         for process in multiprocessing.active_children():
           process.kill()
         raise
+
+
+def _counted(function: Job, path: str, number: int, job: Any) -> None:
+  """Runs a job that counts in its place of a file."""
+  counts = np.memmap(path, np.int64, "r+")
+  function(job, functools.partial(counts.__setitem__, number))
 
 
 def begin_worker(*unused: Any) -> None:
@@ -122,7 +165,8 @@ class BeamPipeline:
   def job_threads(self, jobs: int) -> int:
     return 1  # how many share a machine is the runner's matter
 
-  def run(self, function: Job, jobs: Sequence[Any]) -> Iterator[int]:
+  def run(self, function: Job, jobs: Sequence[Any], count: Count) -> Iterator[int]:
+    del count  # a runner shows its progress
     try:
       import apache_beam as beam
       from apache_beam.options.pipeline_options import PipelineOptions
@@ -138,13 +182,18 @@ class BeamPipeline:
           pipeline
           | "Jobs" >> beam.Create(list(jobs))
           | "Spread" >> beam.Reshuffle()
-          | "Run" >> beam.Map(function)
+          | "Run" >> beam.Map(function, _ignore)
         )
     except EmbgemmaError:
       raise
     except Exception as error:
       raise _own_error(error) from error
     yield from range(len(jobs))
+
+
+def _ignore(examples: int) -> None:
+  """Counts nothing."""
+  del examples
 
 
 def _own_error(error: Exception) -> Exception:

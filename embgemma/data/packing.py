@@ -308,18 +308,6 @@ class PackedPairs:
   teacher: Leaf = None
   teacher_mask: Leaf = None
 
-  def group_shapes(self, num_shards: int) -> tuple[GroupShape, ...]:
-    """Shapes of the groups in one of S shards."""
-    return tuple(
-      GroupShape(
-        length=group.tokens.shape[2],
-        microbatches=group.tokens.shape[0],
-        rows=group.tokens.shape[1] // num_shards,
-        slots=group.starts.shape[1] // num_shards,
-      )
-      for group in self.groups
-    )
-
 
 def split_roles(
   vectors: Float[ArrayLike, "T E"], slots: Int[ArrayLike, " n"], examples: int

@@ -8,7 +8,7 @@ examples a step sees.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -56,6 +56,14 @@ class StepBatch:
 @runtime_checkable
 class BatchSource(Protocol):
   """The batch of any step, as a function of the step alone; can be pickled."""
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """What batches depend on beside seed, size and mixture: a run resumes with these.
+
+    Values of JSON.
+    """
+    ...
 
   def batch(self, step: int) -> StepBatch:
     """The batch of a step, from 0."""
@@ -144,6 +152,14 @@ class StepSource:
       for index, task in enumerate(schedule.tasks)
     )
 
+  @property
+  def settings(self) -> dict[str, Any]:
+    """See `BatchSource`."""
+    return {
+      "avoid_duplicates": self._schedule.avoid_duplicates,
+      "teacher": [] if self._teachers is None else self._teachers.fingerprints,
+    }
+
   def epochs(self, step: int) -> dict[str, float]:
     """Of each task, the epochs that the steps before this one took."""
     return self._schedule.epochs(step)
@@ -181,6 +197,9 @@ class _Teachers:
     tasks: Of the mixture.
     teachers: Of each task; at least one is not None.
 
+  Attributes:
+    fingerprints: Of what made them, sorted.
+
   Raises:
     ConfigError: widths differ.
     DataError: vectors are of other examples than the task's.
@@ -208,6 +227,7 @@ class _Teachers:
           "under a new name"
         )
     self._teachers = list(teachers)
+    self.fingerprints = sorted({t.fingerprint for t in teachers if t is not None})
     self._width = widths[first]
     # A run's arrays have one dtype, or each would be compiled for.
     self._dtype = np.result_type(*(t.dtype for t in teachers if t is not None))

@@ -16,9 +16,9 @@ import numpy as np
 from embgemma.data import distinct
 from embgemma.data.cache import CachedTask
 from embgemma.data.denoising import philox
+from embgemma.data.fingerprints import digest
 from embgemma.data.mixture import scheduled_task, steps_before
 from embgemma.data.records import Records, decode_records
-from embgemma.data.tasks import digest
 from embgemma.errors import ConfigError, DataError
 from embgemma.typing import Bool, Int
 
@@ -91,7 +91,8 @@ class ScheduledBatch:
     records: int64 [B], in the order of the batch.
     lengths: int [B, T], tokens of their texts; 0 is none.
     swapped: bool [B], where query and positive have changed places: in `lengths` too.
-    duplicates: Examples that share a text with one before them; None is not counted.
+    duplicates: Examples that share a text with one before them, an id that tells
+      texts apart included; None is not counted.
   """
 
   index: int
@@ -153,13 +154,15 @@ class RecordSchedule:
     seed: Of the run.
     vocabulary_size: Rows of the model's table, against which caches are checked.
     avoid_duplicates: Whether examples are exchanged between batches so that no batch
-      has a query or a positive twice; of symmetric tasks, no text at all. What occurs
-      more often than there are batches to exchange among stays.
+      has a query or a positive twice; of symmetric tasks, no text at all; where ids
+      tell texts apart, no example. What occurs more often than there are batches to
+      exchange among stays.
 
   Attributes:
     tasks: As given.
     batch_size: As given.
     seed: As given.
+    avoid_duplicates: As given.
 
   Raises:
     ConfigError: batch_size is larger than a task.
@@ -181,7 +184,7 @@ class RecordSchedule:
     self.tasks = list(tasks)
     self.batch_size = batch_size
     self.seed = seed
-    self._avoid_duplicates = avoid_duplicates
+    self.avoid_duplicates = avoid_duplicates
     self._rates = tuple(float(task.rate) for task in tasks)
     self._sources = []
     for task in tasks:
@@ -195,7 +198,7 @@ class RecordSchedule:
     for task in self.tasks:
       with damage(task):
         self._lengths.append(task.lengths())
-        if self._avoid_duplicates:
+        if self.avoid_duplicates:
           self._hashes.append(task.hashes())
     self._chunks = _Chunks()
 
@@ -223,7 +226,7 @@ class RecordSchedule:
     start = batch * self.batch_size
     places = np.arange(start, start + self.batch_size)
     duplicates = None
-    if self._avoid_duplicates:
+    if self.avoid_duplicates:
       chunk = self._chunk(index, epoch, batch)
       own = slice(*np.searchsorted(chunk.places, [start, start + self.batch_size]))
       places[chunk.places[own] - start] = chunk.sources[own]
@@ -301,7 +304,10 @@ class RecordSchedule:
     start = first * self.batch_size
     places = np.arange(start, end * self.batch_size)
     hashes = self._hashes[index][self._in_order(index, epoch, places), :2]
-    texts = distinct.repeated_texts(hashes, self.tasks[index].symmetric)
+    if self.tasks[index].unique_ids:
+      texts = distinct.repeated_examples(hashes)
+    else:
+      texts = distinct.repeated_texts(hashes, self.tasks[index].symmetric)
     found = distinct.exchanged(texts, end - first)
     moved = np.flatnonzero(found.order != np.arange(len(places)))
     return _Chunk(start + moved, start + found.order[moved], start + found.conflicts)

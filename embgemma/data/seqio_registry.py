@@ -23,8 +23,11 @@ import seqio
 import tensorflow as tf
 
 from embgemma.data import sources
+from embgemma.data.bad_records import SkipLog
+from embgemma.data.config import CachedData
+from embgemma.data.record_formats import pair_example, text_example
 from embgemma.data.task_examples import TaskExamples
-from embgemma.data.tasks import CachedData, Task
+from embgemma.data.tasks import Task
 from embgemma.errors import ConfigError, DataError
 
 tf.config.set_visible_devices([], "GPU")  # JAX needs the memory
@@ -78,7 +81,7 @@ class PythonDataSource(seqio.DataSource):
     absent: dict[str, Any]
     absent = {"negative_titles": []} if self.source.content == "pairs" else {}
     for shard in self.source.shards()[index::count]:
-      for example in self.source.read(shard, self.policy, sources.SkipLog()):
+      for example in self.source.read(shard, self.policy, SkipLog()):
         yield absent | example
 
   def get_dataset(
@@ -175,7 +178,7 @@ class SeqioTask:
     return self
 
   def examples(
-    self, shard: int, skipped: sources.SkipLog
+    self, shard: int, skipped: SkipLog
   ) -> Generator[dict[str, Any], None, None]:
     task = self._task()
     if isinstance(task.source, PythonDataSource):
@@ -283,7 +286,7 @@ def _examples(
       preprocessors.
   """
   failure: DataError | None = None
-  check = sources.text_example if content == "text" else sources.pair_example
+  check = text_example if content == "text" else pair_example
   try:
     dataset = task.get_dataset(
       sequence_length=None,

@@ -266,31 +266,6 @@ def place(
   )
 
 
-def pack(examples: Examples, capacity: tuple[int, int], rows: int) -> PackedSequences:
-  """All examples in microbatches of one shape, [K, rows, L]; K as many as it takes.
-
-  Args:
-    examples: For a single shard.
-    capacity: Of a row; 0 inputs for a decoder alone.
-    rows: Of a microbatch.
-
-  Raises:
-    DataError: an example is larger than a row.
-  """
-  layout = lay_out(examples.sizes, capacity)
-  shape = SequenceShape(*capacity, max(1, -(-layout.rows // rows)), rows)
-  return place(examples, [layout], shape)
-
-
-def fill_ratios(sequences: PackedSequences) -> tuple[float | None, float]:
-  """Share of the token slots that hold tokens: of inputs (None without) and targets."""
-  inputs = sequences.input_ids
-  return (
-    None if inputs is None else float(np.mean(np.asarray(inputs) > 0)),
-    float(np.mean(np.asarray(sequences.target_ids) > 0)),
-  )
-
-
 def abstract_sequences(shape: SequenceShape, num_shards: int) -> PackedSequences:
   """Shapes and dtypes of a global batch, as ShapeDtypeStruct.
 

@@ -5,7 +5,8 @@ from collections.abc import Generator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from embgemma.data import sources
-from embgemma.data.tasks import CachedData
+from embgemma.data.bad_records import SkipLog
+from embgemma.data.config import CachedData
 
 
 @runtime_checkable
@@ -44,9 +45,9 @@ class TaskExamples(Protocol):
     ...
 
   def examples(
-    self, shard: int, skipped: sources.SkipLog
+    self, shard: int, skipped: SkipLog
   ) -> Generator[dict[str, Any], None, None]:
-    """Examples as of `sources.pair_example` or `text_example`, in order.
+    """Examples as of `record_formats.pair_example` or `text_example`, in order.
 
     Args:
       shard: From 0.
@@ -76,7 +77,7 @@ class PythonTask:
     return dataclasses.replace(self, shards={shard: self.shards[shard]})
 
   def examples(
-    self, shard: int, skipped: sources.SkipLog
+    self, shard: int, skipped: SkipLog
   ) -> Generator[dict[str, Any], None, None]:
     yield from self.source.read(self.shards[shard], self.on_bad_record, skipped)
 

@@ -6,15 +6,17 @@ every process knows the shapes of the global batch without reading texts.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 
 from embgemma.data import sequence_packing, sources, tokenization
+from embgemma.data.bad_records import SkipLog
 from embgemma.data.denoising import Corruption
+from embgemma.data.fingerprints import digest
 from embgemma.data.reader import Shards, StepBatch
 from embgemma.data.schedule import RecordSchedule
 from embgemma.data.shape_plan import deal_examples
-from embgemma.data.tasks import digest
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import DataError
 from embgemma.typing import Int
@@ -65,6 +67,11 @@ class TextSource:
       )
       for index in range(len(schedule.tasks))
     )
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """See `reader.BatchSource`."""
+    return {}
 
   def epochs(self, step: int) -> dict[str, float]:
     """Of each task, the epochs that the steps before this one took."""
@@ -126,7 +133,7 @@ def held_out_segments(
   """
   builtin = isinstance(source, sources.BuiltinSource)
   shards = (("validation",),) if builtin else source.shards()
-  skipped = sources.SkipLog()
+  skipped = SkipLog()
   documents = (
     example["text"]
     for shard in shards

@@ -37,7 +37,7 @@ def passages(example: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Titles ("" where there is none) and texts of the positive and the negatives.
 
   Args:
-    example: As of `sources.pair_example`.
+    example: As of `record_formats.pair_example`.
   """
   negatives = example.get("negatives", ())
   titles = example.get("negative_titles") or [""] * len(negatives)
@@ -51,7 +51,7 @@ def example_prompts(
   """The prompts of an example of pairs.
 
   Args:
-    example: As of `sources.pair_example`.
+    example: As of `record_formats.pair_example`.
     kind: Of its task; None is the example's own, or "search".
     table: Prompts by name.
 
@@ -79,7 +79,7 @@ def pair_texts(
   prompt it would tell what is sought from what is not.
 
   Args:
-    example: As of `sources.pair_example`.
+    example: As of `record_formats.pair_example`.
     kind: Of its prompts; None is the example's own.
     table: Prompts by name.
     unique_ids: Whether an id of the example begins each text, where no cut loses it,

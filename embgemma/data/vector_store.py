@@ -16,13 +16,12 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from embgemma.data import scratch
 from embgemma.errors import DataError
 from embgemma.outputs import locked, new_file
 from embgemma.typing import Bool, Float, Int, UInt64
@@ -33,7 +32,6 @@ _SEGMENT = re.compile(r"segment-\d{4,}-\d{6,}")
 _OPEN_SEGMENTS = 4096  # mapped at a time: a process may have some 65,000 maps
 _MERGED_IN_MEMORY = 1 << 20  # hashes; runs of more lie in files
 _BLOCK = 1 << 18  # hashes merged at a time
-_LEFT_SECONDS = 6 * 3600.0  # without a change, after which scratch counts as left
 
 
 class VectorStore:
@@ -194,8 +192,7 @@ class VectorStore:
   def writing(self, part: int) -> Iterator[None]:
     """Holds a part of the work for this process; removes what a killed one left of it.
 
-    Only what is six hours old: on a file system without locks another process may hold
-    the part, too, and write there. Its older files are open, and need no names.
+    On a file system without locks another process may hold it, too; see `scratch`.
 
     Raises:
       DataError: another process holds it.
@@ -208,30 +205,18 @@ class VectorStore:
       )
 
     with locked(self.directory / f".part-{part:04d}.lock", busy):
-      for left in self.directory.glob(f".unfinished-{part:04d}-*"):
-        with contextlib.suppress(FileNotFoundError):
-          if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+      scratch.clear(self.directory, part)
       yield
 
-  @contextlib.contextmanager
-  def scratch(self, part: int) -> Iterator[pathlib.Path]:
-    """A directory on the store's file system that vanishes when the block ends.
-
-    What is left by a process that was killed goes six hours later; see `writing`.
-    """
-    prefix = f".unfinished-{part:04d}-"
-    work = pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=self.directory))
-    try:
-      yield work
-    finally:
-      shutil.rmtree(work, ignore_errors=True)
+  def scratch(self, part: int) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """A directory on the store's file system that vanishes when the block ends."""
+    return scratch.scratch(self.directory, part)
 
   def _write(self, hashes: np.ndarray, vectors: np.ndarray, part: int) -> str:
     own = [name for name in self._names if name.startswith(f"segment-{part:04d}-")]
     number = 1 + max((int(name.rsplit("-", 1)[1]) for name in own), default=-1)
-    with self.scratch(part) as scratch:
-      work = scratch / "segment"
+    with self.scratch(part) as unfinished:
+      work = unfinished / "segment"
       work.mkdir(0o755)
       for array, name in ((hashes, "hashes.npy"), (vectors, "vectors.npy")):
         with open(work / name, "wb") as file:
@@ -307,12 +292,18 @@ def check_vectors(
   """
   if vectors.shape[1] != width:
     raise DataError(f"{describe(0)} has width {vectors.shape[1]}, expected {width}")
+  bad = np.flatnonzero(~have_directions(vectors))
+  if len(bad):
+    zero = not vectors[bad[0]].any()
+    what = "is zero" if zero else "holds NaN or an infinity"
+    raise DataError(f"{describe(int(bad[0]))} {what}")
+
+
+def have_directions(vectors: Float[np.ndarray, "n _"]) -> Bool[np.ndarray, " n"]:
+  """Which vectors are finite and not zero."""
   # Of float64: squares of float16 overflow, and sums of float32 may.
   norms = np.einsum("nw,nw->n", vectors, vectors, dtype=np.float64)
-  bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
-  if len(bad):
-    what = "is zero" if norms[bad[0]] == 0 else "holds NaN or an infinity"
-    raise DataError(f"{describe(int(bad[0]))} {what}")
+  return np.isfinite(norms) & (norms > 0)
 
 
 _Run = tuple[np.ndarray, np.ndarray]  # ascending hashes, and their rows

@@ -103,13 +103,6 @@ class SentencePieceVocabulary:
     """The model that encodes: the file's, its control-named pieces made CONTROL."""
     return ModelProto.FromString(self._processor.serialized_model_proto())
 
-  def piece_id(self, piece: str) -> int:
-    """Returns the id of a piece, or raises DataError where there is none."""
-    token_id = self._processor.piece_to_id(piece)  # The unk id for what is no piece.
-    if self._processor.id_to_piece(token_id) != piece:
-      raise DataError(f"vocabulary {self._name} has no piece {piece!r}")
-    return token_id
-
   def is_text(self, token_id: int) -> bool:
     """Returns whether encoding a text can give the id."""
     if not 0 <= token_id < self.size:

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from embgemma.data.beir import collection_file, qrels_file, qrels_row
+from embgemma.data.files import read_lines
+from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.prompts import TaskPrompts
-from embgemma.data.sources import read_jsonl, read_lines, string_field
 from embgemma.errors import ConfigError, DataError, TrainingError
 from embgemma.evaluation import metrics
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.prompts import TaskPrompts
-from embgemma.data.sources import read_jsonl, string_field
 from embgemma.errors import DataError
 from embgemma.evaluation import metrics, retrieval
 

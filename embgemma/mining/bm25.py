@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from embgemma.data.fingerprints import digest
 from embgemma.data.records import content_hash
-from embgemma.data.tasks import digest
 from embgemma.data.words import tokenize
 from embgemma.errors import ConfigError
 from embgemma.mining import pieces

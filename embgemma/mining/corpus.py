@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
 
+from embgemma.data.bad_records import SkipLog
+from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.records import content_hash
-from embgemma.data.sources import SkipLog, read_jsonl, string_field
 from embgemma.data.task_examples import TaskExamples
 from embgemma.data.words import normalize
 from embgemma.errors import DataError

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from embgemma.data.config import DataConfig
+from embgemma.data.fingerprints import digest
 from embgemma.data.records import content_hash
 from embgemma.data.task_examples import TaskExamples, open_tasks
-from embgemma.data.tasks import DataConfig, digest
 from embgemma.data.tokenization import passages
 from embgemma.errors import ConfigError, DataError
 from embgemma.mining import corpus, pieces, report

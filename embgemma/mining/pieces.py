@@ -1,7 +1,8 @@
 """Finished pieces of work: files and directories that a killed run finds again.
 
-A piece has a name that says what it was made of and from (`tasks.digest`), and gets it
-when it is whole. So what is there is right, and what other options made is left alone.
+A piece has a name that says what it was made of and from (`fingerprints.digest`), and
+gets it when it is whole. So what is there is right, and what other options made is left
+alone.
 """
 
 import contextlib

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from embgemma.data.tasks import digest
+from embgemma.data.fingerprints import digest
 from embgemma.data.vector_store import VectorStore
 from embgemma.errors import ConfigError
 from embgemma.mining import pieces

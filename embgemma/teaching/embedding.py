@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from embgemma.data.vector_store import VectorStore, check_vectors
+from embgemma.data.vector_store import VectorStore, check_vectors, have_directions
 from embgemma.errors import DataError
 from embgemma.teaching.teachers import Input, PartlyEncodedError, Teacher
 from embgemma.typing import Float
@@ -39,7 +39,7 @@ def embed_missing(
 
   Raises:
     DataError: the teacher failed, or gave what is no vector of its width. Earlier
-      windows are kept, and of this one what the teacher says it had embedded.
+      windows are kept, and of this one the vectors that the teacher gave.
   """
   index, count = shard
   windows = _Windows(store, teacher, log, index)
@@ -111,7 +111,8 @@ class _Windows:
       vectors = self._vectors(window)
     except DataError as error:
       if isinstance(error, PartlyEncodedError):
-        self._add(error.places, error.vectors)
+        sound = np.flatnonzero(have_directions(error.vectors))
+        self._add([error.places[i] for i in sound], error.vectors[sound])
       raise DataError(
         f"{error}. The {self.embedded:,} texts embedded before are kept: the same "
         "command goes on from there"
@@ -146,5 +147,11 @@ class _Windows:
         f"teacher {teacher.name}: {len(vectors)} vectors for {len(window)} texts, of "
         f"which text {first} begins {window[0].text[:_SHOWN]!r}"
       )
-    check_vectors(vectors, teacher.width, describe)
+    try:
+      check_vectors(vectors, teacher.width, describe)
+    except DataError as error:
+      if vectors.shape[1] != teacher.width:
+        raise
+      # The others may have cost money.
+      raise PartlyEncodedError(str(error), range(len(window)), vectors) from error
     return vectors

@@ -17,10 +17,10 @@ import numpy as np
 
 from embgemma.data import cache, teacher_vectors
 from embgemma.data.cache import CachedTask
+from embgemma.data.config import DataConfig
 from embgemma.data.files import is_remote
 from embgemma.data.records import content_hash
 from embgemma.data.task_examples import TaskExamples, open_tasks
-from embgemma.data.tasks import DataConfig
 from embgemma.data.teacher_vectors import TeacherVectors
 from embgemma.data.tokenization import pair_texts, passages
 from embgemma.data.vector_store import VectorStore

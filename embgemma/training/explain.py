@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from embgemma.data.cache import CachedTask, Manifest
-from embgemma.data.tasks import CachedData, Task
+from embgemma.data.config import CachedData
+from embgemma.data.tasks import Task
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
 from embgemma.losses.denoising import logits_bytes

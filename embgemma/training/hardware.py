@@ -16,7 +16,6 @@ class Chip:
 
   Attributes:
     name: As in topology names.
-    device_kinds: `jax.Device.device_kind` starts with one of them.
     flops: Peak dense bfloat16 FLOP/s.
     hbm_bytes: Memory.
     hbm_bandwidth: Bytes a second.
@@ -27,7 +26,6 @@ class Chip:
   """
 
   name: str
-  device_kinds: tuple[str, ...]
   flops: float
   hbm_bytes: int
   hbm_bandwidth: float
@@ -43,24 +41,16 @@ class Chip:
 # switches close every ring. GPU: NVIDIA's H100 (SXM) and H200 data sheets, dense rates;
 # NVLink 4 has 18 links of 25 GB/s a direction (900 GB/s in both).
 CHIPS = (
-  Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * _GIB, 819e9, 50e9, 4, 16),
-  Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95 * _GIB, 2765e9, 100e9, 6, 4),
-  Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * _GIB, 1640e9, 100e9, 4, 16),
-  Chip("h100", ("NVIDIA H100",), 989e12, 80 * 10**9, 3.35e12, 25e9, 18, 0),
-  Chip("h200", ("NVIDIA H200",), 989e12, 141 * 10**9, 4.8e12, 25e9, 18, 0),
+  Chip("v5e", 197e12, 16 * _GIB, 819e9, 50e9, 4, 16),
+  Chip("v5p", 459e12, 95 * _GIB, 2765e9, 100e9, 6, 4),
+  Chip("v6e", 918e12, 32 * _GIB, 1640e9, 100e9, 4, 16),
+  Chip("h100", 989e12, 80 * 10**9, 3.35e12, 25e9, 18, 0),
+  Chip("h200", 989e12, 141 * 10**9, 4.8e12, 25e9, 18, 0),
 )
 
 # What one hop between neighbours costs, however short the message: "about 1 µs",
 # jax-ml.github.io/scaling-book, chapter on sharded matrices.
 HOP_SECONDS = 1e-6
-
-
-def chip_of(device_kind: str) -> Chip | None:
-  """The chip of a `jax.Device.device_kind`; None where its numbers are not known."""
-  for chip in CHIPS:
-    if device_kind.startswith(chip.device_kinds):
-      return chip
-  return None
 
 
 @dataclasses.dataclass(frozen=True)

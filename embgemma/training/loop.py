@@ -17,7 +17,7 @@ from rich.console import Console
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointPolicy, CheckpointStore
 from embgemma.data import cache, reader
-from embgemma.data.tasks import DataConfig, TextDataConfig
+from embgemma.data.config import DataConfig, TextDataConfig
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError
 from embgemma.evaluation import suite
@@ -34,7 +34,8 @@ from embgemma.training.partitioning import Partitioner, place_batch
 from embgemma.training.profiling import Profiler
 from embgemma.training.progress import Progress, duration
 from embgemma.training.resuming import check_same_model, initial_state, resume_step
-from embgemma.training.stages import Evaluation, Evaluator, make_stage
+from embgemma.training.stage_protocol import Evaluation, Evaluator
+from embgemma.training.stages import make_stage
 from embgemma.training.step_metrics import Interval, epoch_metrics
 from embgemma.training.stopping import Stopped, stop_requests
 from embgemma.training.train_state import TrainState, abstract_state, save_state
@@ -358,18 +359,19 @@ def train(
     microbatch_tokens = fitting_tokens(
       stage.config, stage.row, abstract, device_memory(mesh), optimizer.trainable
     )
+  source = stage.source(manifest, mesh, batch_size, seed, microbatch_tokens)
   run = Run(
     model_dir=directory,
     train_steps=train_steps,
     batch_size=batch_size,
     mesh=mesh,
-    source=stage.source(manifest, mesh, batch_size, seed, microbatch_tokens),
+    source=source,
     batch_specs=learner.batch_specs,
     position={
       "seed": seed,
       "batch_size": batch_size,
       "mixture": data.manifest_path().stem,
-      **stage.batch_settings(manifest),
+      **source.settings,
     },
     train_step=make_train_step(
       learner, optimizer, train_steps, mesh, abstract, ema_decay, seed

@@ -2,22 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from embgemma.data import packing, sequence_packing
 from embgemma.data.cache import Manifest
+from embgemma.data.config import CachedData, DataConfig, TextDataConfig
 from embgemma.data.denoisers import Sentinels, sentinels_needed
 from embgemma.data.denoising import Corruption
-from embgemma.data.packing import GroupShape
 from embgemma.data.reader import BatchSource, Shards, StepSource
 from embgemma.data.schedule import RecordSchedule
-from embgemma.data.sequence_packing import SequenceShape
 from embgemma.data.shape_plan import plan_shapes
-from embgemma.data.tasks import CachedData, DataConfig, TextDataConfig
 from embgemma.data.teacher_vectors import TeacherVectors
 from embgemma.data.text_reader import TextSource
 from embgemma.data.vocabularies import SentencePieceVocabulary
@@ -31,145 +29,12 @@ from embgemma.models.config import BackboneConfig, EmbedderConfig
 from embgemma.training.flops import forward_flops, sequence_flops
 from embgemma.training.learners import DenoisingLearner, EmbeddingLearner, Learner
 from embgemma.training.partitioning import BATCH_AXES, data_shards, own_shards
-from embgemma.typing import Int, Params, PyTree
+from embgemma.training.stage_protocol import Evaluation, Stage, TypicalBatch
+from embgemma.typing import Int
 
 # Slots of a device at a time in evaluating documents: forward passes need little.
 _EVALUATION_TOKENS = 8192
 _CHECKED_EXAMPLES = 64  # of each task whose teacher vectors are read before a run
-
-
-@runtime_checkable
-class Evaluator(Protocol):
-  """A named evaluation."""
-
-  @property
-  def name(self) -> str: ...
-
-  def evaluate(self, subject: Any, /) -> dict[str, float]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-  """Evaluators, and what they take.
-
-  Attributes:
-    evaluators: In order.
-    subject: What an evaluator takes, of a model's parameters.
-  """
-
-  evaluators: tuple[Evaluator, ...]
-  subject: Callable[[Params], Any]
-
-  def results(self, params: Params) -> suite.TaskResults:
-    """Metrics of each evaluator."""
-    subject = self.subject(params)
-    return {each.name: each.evaluate(subject) for each in self.evaluators}
-
-
-@dataclasses.dataclass(frozen=True)
-class TypicalBatch:
-  """A batch as it is expected.
-
-  Attributes:
-    groups: Rows of one shard, by their shape.
-    arrays: Shapes and dtypes of the global batch, as ShapeDtypeStruct.
-    tokens: Real tokens of all shards.
-    forward_flops: Of one forward pass over the real tokens.
-  """
-
-  groups: tuple[GroupShape | SequenceShape, ...]
-  arrays: PyTree
-  tokens: int
-  forward_flops: float
-
-
-@runtime_checkable
-class Stage(Protocol):
-  """A model, its loss and its data, on given devices.
-
-  Attributes:
-    config: Of the model, with the attention that suits the devices.
-    data: What it trains on.
-  """
-
-  @property
-  def config(self) -> EmbedderConfig | BackboneConfig: ...
-
-  @property
-  def data(self) -> CachedData: ...
-
-  @property
-  def learner(self) -> Learner:
-    """The model and its loss."""
-    ...
-
-  @property
-  def row(self) -> tuple[int, ...]:
-    """Tokens of the longest row, on each side of the model."""
-    ...
-
-  def batch_settings(self, manifest: Manifest) -> dict[str, Any]:
-    """What batches depend on beside seed, size and mixture; a run resumes with these.
-
-    Raises:
-      DataError: the vectors of a teacher are not there, or damaged.
-    """
-    ...
-
-  def source(
-    self,
-    manifest: Manifest,
-    mesh: Mesh,
-    batch_size: int,
-    seed: int,
-    microbatch_tokens: int,
-  ) -> BatchSource:
-    """The batches of a run.
-
-    Raises:
-      ConfigError, DataError: see the sources.
-    """
-    ...
-
-  def typical_batch(
-    self,
-    lengths: Int[np.ndarray, "n texts"],
-    batch_size: int,
-    num_shards: int,
-    microbatch_tokens: int,
-  ) -> TypicalBatch:
-    """A batch of texts of such lengths, without reading any.
-
-    Args:
-      lengths: Tokens of query, positive and negatives of examples, 0 is none; or of
-        segments.
-      batch_size: B, a multiple of num_shards.
-      num_shards: S.
-      microbatch_tokens: Token slots of one shard's microbatch.
-    """
-    ...
-
-  def evaluation(
-    self,
-    entries: Mapping[str, Any],
-    vocabulary: SentencePieceVocabulary,
-    mesh: Mesh,
-    max_length: int | None,
-    tokens: int | None,
-  ) -> Evaluation:
-    """What a run is judged by.
-
-    Args:
-      entries: EVALUATIONS.
-      vocabulary: Of the run.
-      mesh: Of the run.
-      max_length: Tokens a text is cut to; None is the longest in training.
-      tokens: Slots of a device at a time; None is what suits it.
-
-    Raises:
-      ConfigError, DataError: an entry is wrong, or its data is.
-    """
-    ...
 
 
 def make_stage(
@@ -252,13 +117,6 @@ class EmbeddingStage:
   @property
   def row(self) -> tuple[int, ...]:
     return (packing.row_length(self.data.max_length, self.row_lengths),)
-
-  def batch_settings(self, manifest: Manifest) -> dict[str, Any]:
-    teachers = self._teachers(manifest) if self.objective.needs_teacher else []
-    return {
-      "avoid_duplicates": self.data.avoid_duplicates,
-      "teacher": sorted({vectors.fingerprint for vectors in teachers}),
-    }
 
   def source(
     self,
@@ -386,9 +244,6 @@ class DenoisingStage:
   def table_rows(self) -> int:
     """Of the smaller table: ids of both sides must be below."""
     return min(stack.vocab_size for stack in self.config.stacks)
-
-  def batch_settings(self, manifest: Manifest) -> dict[str, Any]:
-    return {}
 
   def source(
     self,

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from embgemma.data import cache
 from embgemma.data.cache import Manifest
+from embgemma.data.config import CachedData, DataConfig, TextDataConfig
 from embgemma.data.packing import GroupShape
 from embgemma.data.sequence_packing import SequenceShape
-from embgemma.data.tasks import CachedData, DataConfig, TextDataConfig
 from embgemma.errors import ConfigError
 from embgemma.losses.denoising import Denoising
 from embgemma.losses.objective import Objective
@@ -23,7 +23,8 @@ from embgemma.training.activation_memory import device_memory, fitting_tokens
 from embgemma.training.learners import Learner
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import Partitioner, data_shards
-from embgemma.training.stages import Stage, TypicalBatch, make_stage
+from embgemma.training.stage_protocol import Stage, TypicalBatch
+from embgemma.training.stages import make_stage
 from embgemma.training.train_state import TrainState, abstract_state
 
 _SAMPLED = 8192

@@ -11,11 +11,10 @@ from fsspec.registry import _registry
 
 from embgemma.data.cache import CachedTask
 from embgemma.data.records import Example
-from embgemma.data.task_writer import write_examples
 
 
 @pytest.fixture(scope="session")
-def cached() -> Callable[..., CachedTask]:
+def cached(write_examples) -> Callable[..., CachedTask]:
   """A complete cache of pairs."""
 
   def make(
@@ -23,12 +22,12 @@ def cached() -> Callable[..., CachedTask]:
     name: str,
     examples: Iterable[Example],
     rate: float = 1.0,
-    symmetric: bool = False,
+    **options: bool,
   ) -> CachedTask:
     directory = parent / name
     directory.mkdir()
     statistics = write_examples(directory, examples, (99, 99, 99))
-    return CachedTask(name, rate, epath.Path(directory), statistics, symmetric)
+    return CachedTask(name, rate, epath.Path(directory), statistics, **options)
 
   return make
 

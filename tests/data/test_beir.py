@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embgemma.data.bad_records import SkipLog
 from embgemma.data.record_formats import example
-from embgemma.data.sources import BeirSource, SkipLog
+from embgemma.data.sources import BeirSource
 from embgemma.errors import DataError
 
 _CORPUS = [

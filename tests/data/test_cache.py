@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from embgemma.data import cache, task_writer
+from embgemma.data import cache, shard_writer, task_index
 from embgemma.data.records import Example, decode_records
 from embgemma.errors import DataError
 
@@ -18,17 +18,21 @@ def _examples(counts, longest=30):
     yield Example(tokens, rng.integers(0, 2**63, count, dtype=np.uint64))
 
 
-def _write(directory, counts, longest=30) -> cache.CachedTask:
-  examples = _examples(counts, longest)
-  statistics = task_writer.write_examples(directory, examples, (longest, 100, 100))
-  return cache.CachedTask("task", 1.0, directory, statistics)
+@pytest.fixture
+def write(tmp_path, write_examples):
+  def write(counts, longest=30) -> cache.CachedTask:
+    examples = _examples(counts, longest)
+    statistics = write_examples(tmp_path, examples, (longest, 100, 100))
+    return cache.CachedTask("task", 1.0, tmp_path, statistics)
+
+  return write
 
 
 @pytest.mark.parametrize("longest", [30, 70_000])
-def test_lengths_are_those_of_the_texts(tmp_path, monkeypatch, longest):
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 4)
+def test_lengths_are_those_of_the_texts(write, monkeypatch, longest):
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 4)
   counts = [2, 3, 2, 3, 2, 2, 5, 4, 2]
-  task = _write(tmp_path, counts, longest)
+  task = write(counts, longest)
   assert len(task.paths) == 3
   lengths = task.lengths()
   assert isinstance(lengths, np.memmap)
@@ -44,9 +48,10 @@ def test_lengths_are_those_of_the_texts(tmp_path, monkeypatch, longest):
   assert statistics["truncated"] >= len(counts)
 
 
-def test_segments(tmp_path, monkeypatch):
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 4)
-  statistics = task_writer.write_examples(tmp_path, _examples([1] * 9), None)
+def test_segments(tmp_path, monkeypatch, write_examples):
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 4)
+  monkeypatch.setattr(task_index, "_BLOCK", 4)
+  statistics = write_examples(tmp_path, _examples([1] * 9), None)
   task = cache.CachedTask("task", 1.0, tmp_path, statistics)
   assert task.texts == 1
   assert task.lengths().shape == (9, 1)
@@ -73,8 +78,8 @@ def test_segments(tmp_path, monkeypatch):
   ("damage", "message"),
   [("gone", "cannot be read"), ("cut", "cannot be read"), ("other", r"is \(2, 2\), ")],
 )
-def test_damaged_lengths(tmp_path, damage, message):
-  task = _write(tmp_path, [2, 3, 2])
+def test_damaged_lengths(tmp_path, write, damage, message):
+  task = write([2, 3, 2])
   path = tmp_path / "lengths.npy"
   if damage == "gone":
     path.unlink()

@@ -21,13 +21,14 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
-from embgemma.data import cache, cache_builder, executors, task_writer
+from embgemma.data import cache, cache_builder, executors, shard_writer, task_index
+from embgemma.data.config import DataConfig, TextDataConfig
 from embgemma.data.duplicates import ExactDuplicates
 from embgemma.data.filters import LengthFilter
 from embgemma.data.records import content_hash, decode_records
 from embgemma.data.sources import JsonlSource, TextFileSource
 from embgemma.data.task_examples import open_tasks
-from embgemma.data.tasks import DataConfig, Task, TextDataConfig
+from embgemma.data.tasks import Task
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 
@@ -123,7 +124,8 @@ def test_statistics(make):
 
 
 def test_duplicates(make, corpus, monkeypatch):
-  monkeypatch.setattr(task_writer, "_DISTINCT_AT_ONCE", 4)  # several passes
+  monkeypatch.setattr(task_index, "_DISTINCT_AT_ONCE", 4)  # several passes
+  monkeypatch.setattr(task_index, "_BLOCK", 4)
   pairs = [("q", "p"), ("q", "r"), ("p", "q"), ("q", "p"), ("q", "p"), ("x", "y")]
   path = corpus / "twice.jsonl"
   path.write_text(
@@ -134,18 +136,23 @@ def test_duplicates(make, corpus, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "executor",
+  ("executor", "counted"),
   [
-    executors.ProcessPool(2),
-    executors.BeamPipeline(("--runner=DirectRunner", "--direct_num_workers=1")),
+    (executors.ProcessPool(2), 28),
+    (executors.BeamPipeline(("--runner=DirectRunner", "--direct_num_workers=1")), 0),
   ],
 )
 @pytest.mark.slow
-def test_the_same_bytes_wherever_shards_are_read(make, executor):
+def test_the_same_bytes_wherever_shards_are_read(make, executor, counted, monkeypatch):
   one, other = make("one"), make("other")
   _build(one)
+  counts = [0]
+  monkeypatch.setattr(
+    cache_builder._Progress, "count", lambda self, examples: counts.append(examples)
+  )
   _build(other, executor)
   assert _contents(one) == _contents(other)
+  assert counts[-1] == counted
 
 
 @pytest.mark.slow
@@ -175,13 +182,13 @@ def test_a_build_goes_on_where_it_was_stopped(
   """Stopped before its n-th file becomes what it is called, again and again."""
   name = tmp_path_factory.mktemp("cache").name
   with monkeypatch.context() as patch:
-    patch.setattr(task_writer, "PART_EXAMPLES", 3)
+    patch.setattr(shard_writer, "PART_EXAMPLES", 3)
     whole, stopped = make("whole"), make(name)
     _build(whole)
     for stop in stops:
       with patch.context() as inner:
         left = iter(range(stop))
-        new_file = task_writer.new_file
+        new_file = shard_writer.new_file
 
         @contextlib.contextmanager
         def failing(path, new_file=new_file, left=left):
@@ -190,7 +197,8 @@ def test_a_build_goes_on_where_it_was_stopped(
             if next(left, None) is None:
               raise _StoppedError
 
-        inner.setattr(task_writer, "new_file", failing)
+        for module in (shard_writer, task_index):
+          inner.setattr(module, "new_file", failing)
         with contextlib.suppress(_StoppedError):
           _build(stopped)
     _build(stopped)
@@ -198,19 +206,19 @@ def test_a_build_goes_on_where_it_was_stopped(
 
 
 def test_finished_parts_are_not_written_again(make, monkeypatch):
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 3)
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 3)
   config = make()
   written = []
   monkeypatch.setattr(
-    task_writer, "finish_task", lambda *unused: (_ for _ in ()).throw(_StoppedError)
+    task_index, "finish_task", lambda *unused: (_ for _ in ()).throw(_StoppedError)
   )
   with pytest.raises(_StoppedError):
     _build(config)
   monkeypatch.undo()
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 3)
-  new_file = task_writer.new_file
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 3)
+  new_file = shard_writer.new_file
   monkeypatch.setattr(
-    task_writer, "new_file", lambda path: written.append(path) or new_file(path)
+    shard_writer, "new_file", lambda path: written.append(path) or new_file(path)
   )
   log = _build(config)
   assert [line.partition(":")[0] for line in log] == ["cached a", "cached b"]
@@ -221,14 +229,14 @@ def test_finished_parts_are_not_written_again(make, monkeypatch):
 
 
 def test_a_cut_part_is_written_again(make, monkeypatch):
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 3)
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 3)
   whole, config = make("whole"), make()
   _build(whole)
   tasks = open_tasks(config)
   fingerprint = SentencePieceVocabulary(config.vocabulary).fingerprint
   directory = config.cache_root / config.task_directory("a", fingerprint)
-  job = task_writer.ShardJob(config, tasks[0], 2, str(directory), config.vocabulary)
-  task_writer.write_shard(job)
+  job = shard_writer.ShardJob(config, tasks[0], 2, str(directory), config.vocabulary)
+  shard_writer.write_shard(job, _ignore)
   path = pathlib.Path(directory, "examples-00002-00001.array_record")
   path.write_bytes(path.read_bytes()[:-7])
   _build(config)
@@ -278,9 +286,9 @@ def _write_alone(config) -> None:
   fingerprint = SentencePieceVocabulary(config.vocabulary).fingerprint
   directory = config.cache_root / config.task_directory("a", fingerprint)
   for shard in range(task.num_shards):
-    job = task_writer.ShardJob(config, task, shard, str(directory), config.vocabulary)
-    task_writer.write_shard(job)
-  task_writer.finish_task(directory, "a", task.num_shards, {}, pairs=True)
+    job = shard_writer.ShardJob(config, task, shard, str(directory), config.vocabulary)
+    shard_writer.write_shard(job, _ignore)
+  task_index.finish_task(directory, "a", task.num_shards, {}, pairs=True)
 
 
 @pytest.mark.slow
@@ -385,6 +393,7 @@ def test_unique_ids(make, corpus, vocabulary):
     assert len(own_id) == 8
     assert own == [f"{prompt}{own_id} {record[k]}" for k in ("query", "positive")]
   assert texts[0] == texts[2] != texts[1]
+  assert cached.unique_ids
   # To the loss each example is its own: labels make no positives of each other.
   assert read.hashes[0, 1].tolist() != read.hashes[1, 1].tolist()
   assert cached.hashes()[0].tolist() == [
@@ -427,7 +436,7 @@ def test_a_record_of_ten_megabytes(make, corpus):
 
 def test_documents_in_parts(corpus, vocabulary, monkeypatch):
   """A part ends with a document: segments of one are never split over two builds."""
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 4)
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 4)
   path = corpus / "documents.txt"
   path.write_text("".join(f"{'passage ' * 3 * n} {n}\n" for n in range(1, 30)))
 
@@ -445,7 +454,7 @@ def test_documents_in_parts(corpus, vocabulary, monkeypatch):
 
   whole, parts = config("whole"), config("parts")
   with monkeypatch.context() as patch:
-    patch.setattr(task_writer, "PART_EXAMPLES", 1 << 18)
+    patch.setattr(shard_writer, "PART_EXAMPLES", 1 << 18)
     _build(whole)
   _build(parts)
   (one,), (several,) = (cache.manifest(c).tasks for c in (whole, parts))
@@ -457,6 +466,28 @@ def test_documents_in_parts(corpus, vocabulary, monkeypatch):
     for task in (one, several)
   ]
   assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("cleaning", [(), (LengthFilter(min_query=1),)])
+def test_progress_within_a_shard(make, corpus, monkeypatch, cleaning):
+  monkeypatch.setattr(cache_builder, "_REPORT_SECONDS", -1.0)
+  task = Task("t", JsonlSource(str(corpus / "b-0.jsonl.gz")))
+  log = _build(make(tasks=(task,), cleaning=cleaning))
+  for what in ("scanned", "cached")[0 if cleaning else 1 :]:
+    lines = [line for line in log if line.startswith(f"{what} 0")]
+    assert lines == [
+      f"{what} 0 of 1 shards, {examples} examples so far" for examples in range(1, 12)
+    ]
+
+
+def test_examples_of_all_jobs_are_counted():
+  def count_to(total: int, count: executors.Count) -> None:
+    for number in range(1, total + 1):
+      count(number)
+
+  counted: list[int] = []
+  assert [*executors.InProcess().run(count_to, [2, 0, 3], counted.append)] == [0, 1, 2]
+  assert counted == [1, 2, 3, 4, 5]
 
 
 def test_workers():
@@ -489,15 +520,15 @@ def test_a_cache_on_gs(make, bucket, monkeypatch, tmp_path):
 
 def test_a_source_that_changes_while_it_is_read(make, corpus, monkeypatch):
   config = make()
-  write_shard = task_writer.write_shard
+  write_shard = shard_writer.write_shard
 
-  def changing(job):
-    write_shard(job)
+  def changing(job, count):
+    write_shard(job, count)
     path = corpus / "b-0.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"query": "q", "positive": "p"}\n'))
 
   with monkeypatch.context() as patch:
-    patch.setattr(task_writer, "write_shard", changing)
+    patch.setattr(shard_writer, "write_shard", changing)
     with pytest.raises(DataError, match="'b': a file of its source changed while it"):
       _build(config)
   assert cache.manifest(config) is None
@@ -551,11 +582,16 @@ def test_a_failed_job_ends_the_others(make):
   """Nobody waits for what is written again anyway."""
   began = time.monotonic()
   with pytest.raises(DataError, match="no"):
-    list(executors.ProcessPool(2).run(_wait_or_fail, [0, 60, 60, 60]))
+    list(executors.ProcessPool(2).run(_wait_or_fail, [0, 60, 60, 60], _ignore))
   assert time.monotonic() - began < 30
 
 
-def _wait_or_fail(seconds: float) -> None:
+def _ignore(examples: int) -> None:
+  del examples
+
+
+def _wait_or_fail(seconds: float, count: executors.Count) -> None:
+  del count
   if not seconds:
     raise DataError("no")
   time.sleep(seconds)

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embgemma.data import files
+from embgemma.data.bad_records import SkipLog
 from embgemma.data.sources import (
   BeirSource,
   JsonlSource,
   ParquetSource,
-  SkipLog,
   TextFileSource,
   TfrecordSource,
 )

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embgemma.data import parquet
+from embgemma.data.bad_records import SkipLog
 from embgemma.data.record_formats import example
-from embgemma.data.sources import JsonlSource, ParquetSource, SkipLog
+from embgemma.data.sources import JsonlSource, ParquetSource
 from embgemma.errors import ConfigError, DataError
 
 

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from embgemma import gin_config
+from embgemma.data.bad_records import SkipLog
 from embgemma.data.prompts import TASK_PROMPTS
 from embgemma.data.public_sets import PUBLIC_SETS, public_tasks, public_tfds_tasks
-from embgemma.data.sources import SkipLog
 from embgemma.errors import ConfigError, DataError
 
 _ROOT = pathlib.Path(__file__).parents[2]

@@ -123,11 +123,11 @@ def test_a_batch_is_its_examples(tasks, num_shards, microbatch_tokens):
       assert query != positive
       total += len(query) + len(positive) + sum(map(len, own))
     assert batch.real_tokens == total
-    shapes = batch.arrays.group_shapes(num_shards)
-    assert batch.slots == num_shards * sum(shape.tokens for shape in shapes)
+    tokens = [group.tokens for group in batch.arrays.groups]
+    assert batch.slots == sum(array.size for array in tokens)
     assert total <= batch.slots
     if microbatch_tokens and num_shards == 1:
-      assert max(shape.microbatches for shape in shapes) > 1
+      assert max(map(len, tokens)) > 1
 
 
 def _by_number(batch, num_shards):

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import dataclasses
 import pickle
 import random
 
@@ -222,6 +223,27 @@ def test_a_symmetric_task_has_no_text_on_both_sides_of_a_batch(make, tmp_path):
     batches = [hashes[schedule.at(step).records] for step in range(60)]
     shared.append(sum(len(np.intersect1d(*texts.T)) for texts in batches))
   assert shared[0] == 0 < shared[1]
+
+
+def test_ids_tell_equal_texts_apart(make, tmp_path):
+  """Two labels' texts are the same to no other; the same example twice is."""
+  rng = np.random.default_rng(0)
+  queries = rng.permutation(np.repeat(np.arange(240), 2))  # each example twice
+  same = make(tmp_path, "same", queries, queries, unique_ids=True)
+  labels = make(tmp_path, "labels", np.arange(480), queries % 2, unique_ids=True)
+  for task in (same, labels):
+    schedule, hashes = _schedule([task], 24), task.hashes()
+    for step in range(20):
+      batch = schedule.at(step)
+      assert len(np.unique(hashes[batch.records], axis=0)) == 24
+      assert batch.duplicates == 0
+  # Nothing is exchanged where nothing is alike.
+  plain = _schedule([labels], 24, avoid_duplicates=False)
+  ours = _schedule([labels], 24)
+  for step in range(20):
+    np.testing.assert_array_equal(ours.at(step).records, plain.at(step).records)
+  without = dataclasses.replace(labels, unique_ids=False)
+  assert _schedule([without], 24).at(0).duplicates == 22
 
 
 def test_batch_larger_than_a_task(tasks):

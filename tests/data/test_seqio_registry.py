@@ -13,7 +13,8 @@ import grain
 import numpy as np
 import pytest
 
-from embgemma.data import cache, cache_builder, task_writer, tokenization
+from embgemma.data import cache, cache_builder, shard_writer, tokenization
+from embgemma.data.config import DataConfig, TextDataConfig
 from embgemma.data.denoisers import causal_lm
 from embgemma.data.records import Example, content_hash, decode_records
 from embgemma.data.sources import (
@@ -23,7 +24,7 @@ from embgemma.data.sources import (
   TfdsSource,
   TfrecordSource,
 )
-from embgemma.data.tasks import DataConfig, Task, TextDataConfig
+from embgemma.data.tasks import Task
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import ConfigError, DataError
 
@@ -284,7 +285,7 @@ def test_one_task_of_several(make, write):
 
 
 def test_many_shards_keep_the_order(make, write, vocabulary, monkeypatch):
-  monkeypatch.setattr(task_writer, "PART_EXAMPLES", 4)
+  monkeypatch.setattr(shard_writer, "PART_EXAMPLES", 4)
   monkeypatch.setattr(tokenization, "_TOKENIZE_BATCH", 3)
   path = write("p.jsonl", _pairs(13))
   manifest, _ = _build(make(Task("p", JsonlSource(path))))

@@ -146,7 +146,10 @@ def test_abstract_pairs(microbatch_tokens, groups):
   taught = packing.abstract_pairs(plan.typical, 32, 1, 2, teacher_width=24)
   assert (taught.teacher.shape, taught.teacher.dtype) == ((32 * 3, 24), np.float16)
   assert (taught.teacher_mask.shape, taught.teacher_mask.dtype) == ((32 * 3,), bool)
-  assert pairs.group_shapes(2) == plan.typical
+  assert [(g.tokens.shape, g.starts.shape) for g in pairs.groups] == [
+    ((s.microbatches, 2 * s.rows, s.length), (s.microbatches, 2 * s.slots))
+    for s in plan.typical
+  ]
   assert len({shape.microbatches for shape in plan.typical} & {1}) == (groups == 1)
   assert pairs.slots.shape == (32 * 3,)
   assert pairs.negative_mask.shape == (32, 1)

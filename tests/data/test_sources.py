@@ -9,8 +9,11 @@ import pickle
 import pytest
 
 from embgemma.data import sources
+from embgemma.data.bad_records import MAX_LISTED_SKIPS, SkipLog
+from embgemma.data.files import read_lines
+from embgemma.data.fingerprints import module_fingerprint
 from embgemma.data.record_formats import FORMATS
-from embgemma.data.sources import JsonlSource, SkipLog, TextFileSource
+from embgemma.data.sources import JsonlSource, TextFileSource
 from embgemma.errors import ConfigError, DataError
 
 _GOOD = b'{"query": "q", "positive": "p"}'
@@ -135,7 +138,7 @@ def test_bad_records_are_skipped_and_listed(write):
   examples = _examples(JsonlSource(path), "skip", skipped)
   assert [example["query"] for example in examples] == ["q", "last"]
   assert skipped.count == len(_BAD)
-  shown = min(len(_BAD), sources.MAX_LISTED_SKIPS)
+  shown = min(len(_BAD), MAX_LISTED_SKIPS)
   prefixes = [line[: len(f"{path}:{n}: ")] for n, line in enumerate(skipped.listed, 2)]
   assert prefixes == [f"{path}:{n}: " for n in range(2, 2 + shown)]
 
@@ -144,7 +147,7 @@ def test_many_skips_are_counted_not_listed(write):
   skipped = SkipLog()
   _examples(JsonlSource(write(*[b"x"] * 50, _GOOD)), "skip", skipped)
   assert skipped.count == 50
-  assert len(skipped.listed) == sources.MAX_LISTED_SKIPS
+  assert len(skipped.listed) == MAX_LISTED_SKIPS
 
 
 def test_line_ends(write):
@@ -180,7 +183,7 @@ def test_missing_file(tmp_path):
   with pytest.raises(DataError, match=r"gone\.jsonl: no such file; check the path"):
     _examples(JsonlSource(str(tmp_path / "gone.jsonl")))
   with pytest.raises(DataError, match=r"gone\.jsonl: no such file"):
-    list(sources.read_lines(tmp_path / "gone.jsonl"))
+    list(read_lines(tmp_path / "gone.jsonl"))
 
 
 def test_directory_instead_of_a_file(tmp_path):
@@ -317,12 +320,12 @@ def test_tfrecord_without_files(tmp_path):
 def test_module_fingerprint(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   (tmp_path / "some_tasks.py").write_text("raise AssertionError('imported')")
-  first = sources.module_fingerprint("some_tasks")
+  first = module_fingerprint("some_tasks")
   (tmp_path / "some_tasks.py").write_text("x = 1")
-  assert sources.module_fingerprint("some_tasks") != first
+  assert module_fingerprint("some_tasks") != first
   for name in ("no_such_module", "no_such.module"):
     with pytest.raises(ConfigError, match=f"'{name}'.* cannot be found.*PYTHONPATH"):
-      sources.module_fingerprint(name)
+      module_fingerprint(name)
 
 
 def test_shards_are_files_and_one_with_a_limit(write, tmp_path):

@@ -13,7 +13,6 @@ from embgemma.data.reader import Shards, read_batches
 from embgemma.data.records import Example
 from embgemma.data.schedule import RecordSchedule
 from embgemma.data.sources import BuiltinSource, TextFileSource
-from embgemma.data.task_writer import write_examples
 from embgemma.data.text_reader import TextSource, held_out_segments
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import ConfigError, DataError
@@ -29,7 +28,7 @@ def _corruption(denoisers=None, lengths=_LENGTHS, longest=_LONGEST) -> Corruptio
   return Corruption(denoisers, lengths, longest, Sentinels(_FIRST, 50), 2, 1)
 
 
-def _write(directory, name, size, rate=1.0) -> CachedTask:
+def _write(write_examples, directory, name, size, rate=1.0) -> CachedTask:
   """Segments of 2 to 48 tokens; the first token of each is its record's number."""
   directory = directory / name
   directory.mkdir()
@@ -44,9 +43,12 @@ def _write(directory, name, size, rate=1.0) -> CachedTask:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def tasks(tmp_path_factory, write_examples):
   directory = tmp_path_factory.mktemp("caches")
-  return [_write(directory, "prose", 210, rate=3.0), _write(directory, "code", 100)]
+  return [
+    _write(write_examples, directory, "prose", 210, rate=3.0),
+    _write(write_examples, directory, "code", 100),
+  ]
 
 
 def _source(
@@ -138,8 +140,10 @@ def test_the_schedule_is_that_of_pairs(tasks):
     assert other.batch(step).task == batch.task
 
 
-def test_an_epoch_has_every_segment_once_and_the_next_corrupts_it_anew(tmp_path):
-  task = _write(tmp_path, "task", 64)
+def test_an_epoch_has_every_segment_once_and_the_next_corrupts_it_anew(
+  tmp_path, write_examples
+):
+  task = _write(write_examples, tmp_path, "task", 64)
   source = _source([task])
   epochs = []
   for epoch in range(3):
@@ -153,8 +157,8 @@ def test_an_epoch_has_every_segment_once_and_the_next_corrupts_it_anew(tmp_path)
   assert 4 <= same <= 32
 
 
-def test_the_seed_changes_the_corruption(tmp_path):
-  task = _write(tmp_path, "task", 64)
+def test_the_seed_changes_the_corruption(tmp_path, write_examples):
+  task = _write(write_examples, tmp_path, "task", 64)
   drawn = []
   for seed in (3, 3, 4):
     source = _source([task], 64, seed)
@@ -194,7 +198,7 @@ def test_causal_segments_have_no_inputs(tasks):
   assert _examples(again) == _examples(batch)
 
 
-def test_caches_of_other_data(tasks, tmp_path):
+def test_caches_of_other_data(tasks, tmp_path, write_examples):
   with pytest.raises(DataError, match=f"{tasks[0].directory} does not hold segments"):
     _source(tasks, corruption=_corruption(longest=int(tasks[0].lengths().max()) - 1))
   pair = Example((np.arange(9, dtype=np.int32),) * 2, np.arange(2, dtype=np.uint64))
@@ -210,15 +214,15 @@ def test_batches_that_cannot_be(tasks):
     _source(tasks, 16, num_shards=3)
 
 
-def test_damaged_cache(tmp_path):
-  task = _write(tmp_path, "task", 16)
+def test_damaged_cache(tmp_path, write_examples):
+  task = _write(write_examples, tmp_path, "task", 16)
   lengths = np.load(task.directory / "lengths.npy")
   np.save(task.directory / "lengths.npy", lengths[::-1])
   with pytest.raises(DataError, match=f"{task.directory}: .*; delete it to rebuild"):
     _source([task]).batch(0)
 
 
-def test_longest_segment_is_read(tmp_path):
+def test_longest_segment_is_read(tmp_path, write_examples):
   """A cache of segments of exactly the budget."""
   longest = longest_segment(t5gemma2(), _LENGTHS)
   segment = Example((np.arange(10, 10 + longest, dtype=np.int32),), np.zeros(1, "u8"))

@@ -4,6 +4,8 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import subprocess
+import sys
 import time
 
 import hypothesis
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from embgemma.data import vector_store
+from embgemma.data import scratch, vector_store
 from embgemma.data.vector_store import VectorStore
 from embgemma.errors import DataError
 
@@ -184,7 +186,7 @@ def test_a_part_is_held_by_one_and_cleared_of_what_a_killed_one_left(tmp_path):
     os.utime(left, (time.time() - age * hour,) * 2)
   with store.writing(1):
     left = sorted(path.name for path in store.directory.glob(".unfinished*"))
-    # A live one's, where files cannot be locked.
+    # Another machine's that lives, where files cannot be locked.
     assert left == [".unfinished-0001-alive", ".unfinished-0002-killed"]
     with (
       pytest.raises(DataError, match="another process writes part 1"),
@@ -195,3 +197,34 @@ def test_a_part_is_held_by_one_and_cleared_of_what_a_killed_one_left(tmp_path):
       pass
   with _open(tmp_path).writing(1):
     pass
+
+
+_LEAVE = """
+import pathlib, sys
+from embgemma.data.vector_store import VectorStore
+store = VectorStore(pathlib.Path(sys.argv[1]))
+with store.writing(0), store.scratch(0) as scratch:
+  print(scratch, flush=True)
+  sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_killed_process_left_goes_at_once(tmp_path, monkeypatch, elsewhere):
+  """Unless it may be a process that lives and cannot be seen from here."""
+  store = _open(tmp_path)
+  process = subprocess.Popen(
+    [sys.executable, "-c", _LEAVE, str(store.directory)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  with process:
+    left = pathlib.Path(process.stdout.readline().strip())
+    scratch.clear(store.directory, 0)
+    assert left.is_dir()
+    process.kill()
+  if elsewhere:
+    monkeypatch.setattr(scratch, "_process_space", lambda: "01234567")
+  with store.writing(0):
+    assert left.exists() is elsewhere

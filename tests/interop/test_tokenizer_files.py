@@ -138,6 +138,10 @@ def folder(vocabulary, tmp_path, monkeypatch):
   return tmp_path
 
 
+def _piece_id(vocabulary, piece):
+  return [each.piece for each in vocabulary.effective_model.pieces].index(piece)
+
+
 def _read_back(content, rows):
   return SentencePieceVocabulary.from_serialized(
     sentencepiece_model(content, _NAME, rows)
@@ -326,7 +330,7 @@ def test_tab_in_place_of_its_byte_is_the_byte(gemma_like):
     content["model"]["merges"].append(["\t", "\t"])  # As transformers 4 writes it.
 
   again = _read_back(_rewritten(gemma_like, edit), gemma_like.size)
-  assert again.piece_id("<0x09>") == gemma_like.piece_id("<0x09>")
+  assert _piece_id(again, "<0x09>") == _piece_id(gemma_like, "<0x09>")
   assert _ids(again) == _ids(gemma_like)
 
 
@@ -348,7 +352,7 @@ def test_tokens_without_a_row_are_listed_by_id(trained):
   assert list(beyond.items()) == [("<a_soft_token>", 2500), ("<b_soft_token>", 2501)]
   assert inspect(content, 2502).beyond == {}
   assert _read_back(content, 2500).size == 2500
-  assert _read_back(content, 2502).piece_id("<b_soft_token>") == 2501
+  assert _piece_id(_read_back(content, 2502), "<b_soft_token>") == 2501
 
 
 def _template(*parts):

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embgemma.data.tasks import DataConfig, jsonl_tasks
+from embgemma.data.config import DataConfig
+from embgemma.data.tasks import jsonl_tasks
 from embgemma.data.words import word_hashes
 from embgemma.teaching.teachers import Input
 

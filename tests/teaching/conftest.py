@@ -15,7 +15,7 @@ import pytest
 
 from embgemma.checkpoints import Description
 from embgemma.data import cache_builder, prompts, tasks
-from embgemma.data.tasks import DataConfig
+from embgemma.data.config import DataConfig
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.interop import conversion, sentence_transformers_writer
 from embgemma.interop.model import Model

@@ -134,16 +134,20 @@ def _spoil(vectors: np.ndarray, fault: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-  ("fault", "message"),
+  ("fault", "kept", "message"),
   [
-    ("width", "the vector of text 8, which begins 'text 8', has width 3, expected 4"),
-    ("number", "7 vectors for 8 texts, of which text 8 begins 'text 8'"),
-    ("nan", "the vector of text 10, which begins 'text 10', holds NaN"),
-    ("infinity", "text 10, which begins 'text 10', holds NaN or an infinity"),
-    ("zero", "text 10, which begins 'text 10', is zero"),
+    (
+      *("width", 8),
+      "the vector of text 8, which begins 'text 8', has width 3, expected 4",
+    ),
+    ("number", 8, "7 vectors for 8 texts, of which text 8 begins 'text 8'"),
+    ("nan", 15, "the vector of text 10, which begins 'text 10', holds NaN"),
+    ("infinity", 15, "text 10, which begins 'text 10', holds NaN or an infinity"),
+    ("zero", 15, "text 10, which begins 'text 10', is zero"),
   ],
 )
-def test_a_broken_teacher(tmp_path, fake, fault, message):
+def test_a_broken_teacher(tmp_path, fake, fault, kept, message):
+  """What is sound of its window is kept, and not asked for again."""
   teacher = fake()
   sound = teacher.encode
 
@@ -152,10 +156,17 @@ def test_a_broken_teacher(tmp_path, fake, fault, message):
     return vectors if len(teacher.embedded) == 1 else _spoil(vectors, fault)
 
   teacher.encode = encode
-  store = _store(tmp_path, teacher)
-  with pytest.raises(DataError, match=f"teacher fake.*{message}.*8 texts .* are kept"):
-    embed_missing(store, teacher, _inputs(range(20)), _quiet)
-  assert len(_store(tmp_path, teacher)) == len(store) == 8
+  store, inputs = _store(tmp_path, teacher), _inputs(range(20))
+  message = f"teacher fake.*{message}.*The {kept} texts .* are kept"
+  with pytest.raises(DataError, match=message):
+    embed_missing(store, teacher, inputs, _quiet)
+  assert len(_store(tmp_path, teacher)) == len(store) == kept
+  after = fake()
+  embed_missing(store, after, inputs, _quiet)
+  asked = [each for call in after.embedded for each in call]
+  assert asked == (inputs[8:] if kept == 8 else [inputs[10], *inputs[16:]])
+  expected = [teacher.vector(each) for each in inputs]
+  np.testing.assert_array_equal(_vectors(store, inputs), expected)
 
 
 def test_what_a_teacher_had_embedded_is_kept(tmp_path, fake):
@@ -164,8 +175,10 @@ def test_what_a_teacher_had_embedded_is_kept(tmp_path, fake):
 
   def encode(window):
     if len(teacher.embedded) == 1:
-      places = [5, 2]
-      raise PartlyEncodedError("no more", places, sound([window[i] for i in places]))
+      places = [5, 3, 2]
+      vectors = sound([window[i] for i in places])
+      vectors[1] = np.nan
+      raise PartlyEncodedError("no more", places, vectors)
     return sound(window)
 
   teacher.encode = encode

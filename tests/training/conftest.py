@@ -8,7 +8,6 @@ from etils import epath
 from embgemma.data import teacher_vectors
 from embgemma.data.cache import CachedTask
 from embgemma.data.records import Example
-from embgemma.data.task_writer import write_examples
 from embgemma.data.teacher_vectors import TeacherVectors
 from embgemma.data.vector_store import VectorStore
 from embgemma.losses.objective import Nce, Objective, SpreadOut
@@ -45,7 +44,7 @@ def objective() -> Objective:
 
 
 @pytest.fixture(scope="module")
-def make_task(tmp_path_factory) -> Callable[..., CachedTask]:
+def make_task(tmp_path_factory, write_examples) -> Callable[..., CachedTask]:
   """A cache of random examples, as a build leaves it."""
 
   def make(name: str, examples: int, negatives: int, seed: int = 0) -> CachedTask:

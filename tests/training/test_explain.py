@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from embgemma.data.cache import Manifest
-from embgemma.data.tasks import FEATURES, DataConfig, jsonl_tasks
+from embgemma.data.config import FEATURES, DataConfig
+from embgemma.data.tasks import jsonl_tasks
 from embgemma.training import explain
 
 

@@ -29,26 +29,6 @@ def test_unknown_names(name):
     hardware.parse_topology(name)
 
 
-@pytest.mark.parametrize(
-  ("kind", "name"),
-  [
-    ("TPU v5 lite", "v5e"),
-    ("TPU v5", "v5p"),
-    ("TPU v6 lite", "v6e"),
-    ("NVIDIA H100 80GB HBM3", "h100"),
-    ("NVIDIA H200", "h200"),
-  ],
-)
-def test_chip_of_a_device(kind, name):
-  chip = hardware.chip_of(kind)
-  assert chip is not None
-  assert chip.name == name
-
-
-def test_unknown_devices_have_no_chip():
-  assert hardware.chip_of("cpu") is None
-
-
 def grid(width, height):
   return [(x, y, 0) for y in range(height) for x in range(width)]
 

@@ -11,18 +11,13 @@ from rich.console import Console
 
 from embgemma import cli
 from embgemma.data.cache import CachedTask
+from embgemma.data.config import DataConfig, TextDataConfig
 from embgemma.data.denoisers import Sentinels, causal_lm, t5gemma2
 from embgemma.data.denoising import Corruption
 from embgemma.data.reader import Shards
 from embgemma.data.records import Example
 from embgemma.data.schedule import RecordSchedule
-from embgemma.data.task_writer import write_examples
-from embgemma.data.tasks import (
-  DataConfig,
-  TextDataConfig,
-  builtin_tasks,
-  builtin_text_tasks,
-)
+from embgemma.data.tasks import builtin_tasks, builtin_text_tasks
 from embgemma.data.text_reader import TextSource
 from embgemma.errors import ConfigError
 from embgemma.losses.denoising import Denoising
@@ -208,7 +203,7 @@ def test_documents(backbone_run):
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 def test_a_typical_batch_of_documents_is_one_that_is_read(
-  kind, decoder_run, backbone_run, tmp_path
+  kind, decoder_run, backbone_run, tmp_path, write_examples
 ):
   run = decoder_run if kind == "decoder" else backbone_run
   rng = np.random.default_rng(0)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from embgemma.data.cache import Manifest
-from embgemma.data.tasks import FEATURES, DataConfig, builtin_tasks
+from embgemma.data.config import FEATURES, DataConfig
+from embgemma.data.tasks import builtin_tasks
 from embgemma.errors import ConfigError, DataError
 from embgemma.losses.objective import EmbeddingMatching, Nce, Objective
 from embgemma.training.partitioning import Partitioner
@@ -74,7 +75,7 @@ def test_without_a_teacher(config, manifest, mesh):
   stage = EmbeddingStage(config, objective(), dataclasses.replace(DATA, teacher=None))
   assert source(stage, manifest, mesh).batch(0).arrays.teacher is None
   assert stage.typical_batch(np.full((9, 3), 5), 8, 2, 1024).arrays.teacher is None
-  assert stage.batch_settings(manifest)["teacher"] == []
+  assert source(stage, manifest, mesh).settings["teacher"] == []
 
 
 def test_vectors_that_no_term_takes(config):
@@ -82,12 +83,12 @@ def test_vectors_that_no_term_takes(config):
     EmbeddingStage(config, objective(), DATA)
 
 
-def test_a_run_resumes_with_the_same_teacher(config, manifest, teach):
+def test_a_run_resumes_with_the_same_teacher(config, manifest, mesh, teach):
   for task in manifest.tasks:
     teach(task, 24)
   stage = EmbeddingStage(config, objective(MATCHING), DATA)
-  (fingerprint,) = stage.batch_settings(manifest)["teacher"]
-  assert fingerprint
+  settings = source(stage, manifest, mesh).settings
+  assert settings == {"avoid_duplicates": True, "teacher": ["random"]}
 
 
 def test_a_task_that_was_not_taught(config, manifest, mesh, teach):

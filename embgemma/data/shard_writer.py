@@ -1,8 +1,8 @@
-"""Writing one task's cache: parts of its shards, then what all of them make.
+"""Writing the shards of a task's cache, in parts.
 
 A shard of the source becomes one or more parts, each a file of records and one that
 says what it holds. A part is written whole or not at all and never again: a build that
-was stopped goes on after the last one.
+was stopped goes on after the last one. `task_index` makes a task of them.
 """
 
 import collections
@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import pathlib
 import zipfile
@@ -22,32 +21,18 @@ from array_record.python import array_record_module
 from etils import epath
 
 from embgemma.data import cache, tokenization
+from embgemma.data.bad_records import SkipLog
+from embgemma.data.config import CachedData, DataConfig, TextDataConfig
+from embgemma.data.executors import Count
 from embgemma.data.files import new_file, writing
 from embgemma.data.records import Example, encode_example
-from embgemma.data.sources import MAX_LISTED_SKIPS, SkipLog
 from embgemma.data.task_examples import TaskExamples
-from embgemma.data.tasks import (
-  CACHE_FORMAT,
-  CachedData,
-  DataConfig,
-  TextDataConfig,
-)
 from embgemma.data.vocabularies import SentencePieceVocabulary
-from embgemma.errors import DataError
 
 PART_EXAMPLES = 1 << 18
-_HISTOGRAM = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-_DISTINCT_AT_ONCE = 1 << 26  # hashes sorted together
-_SUMS = ("examples", "tokens", "truncated", "documents", "short")
-_LARGEST = ("max_text_tokens", "max_token_id", "texts")
-
-STATISTICS = """\
-examples, tokens, max_text_tokens, max_token_id; lengths: by role, how many texts have
-up to 8, 16, … 2,048 tokens, and more; duplicates: examples whose texts are those of an
-earlier one; skipped: bad records left out, of which empty had an empty text; unused: by
-reason, sound records that give no example; dropped: by cleaner, examples left out. Of
-pairs max_negatives and truncated texts; of documents documents, and short: those of
-fewer tokens than a segment has at least."""
+# Of the statistics of parts: what adds up, and of what the largest counts.
+SUMS = ("examples", "tokens", "truncated", "documents", "short")
+LARGEST = ("max_text_tokens", "max_token_id", "texts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +74,13 @@ class Part:
   facts: dict[str, Any]
 
 
-def _part_path(directory: epath.Path, shard: int, part: int) -> epath.Path:
+def part_path(directory: epath.Path, shard: int, part: int) -> epath.Path:
+  """Of what says what a part of a shard holds."""
   return directory / f"part-{shard:05d}-{part:05d}.npz"
 
 
-def _read_part(path: epath.Path) -> Part | None:
-  """None where it is not there, or not whole with its records."""
+def read_part(path: epath.Path) -> Part | None:
+  """A part; None where it is not there, or not whole with its records."""
   if not path.exists():
     return None
   try:
@@ -132,7 +118,7 @@ class _PartWriter:
     self._limits = limits
     self._lengths: list[list[int]] = []
     self._hashes: list[np.ndarray] = []
-    self.statistics = dict.fromkeys((*_SUMS, *_LARGEST), 0)
+    self.statistics = dict.fromkeys((*SUMS, *LARGEST), 0)
     self.size = 0
 
   def __len__(self) -> int:
@@ -168,9 +154,7 @@ class _PartWriter:
         length == self._limits[min(role, 2)] for role, length in enumerate(lengths)
       )
     highest = max(int(tokens.max()) for tokens in example.tokens)
-    for name, value in zip(
-      _LARGEST, (max(lengths), highest, len(lengths)), strict=True
-    ):
+    for name, value in zip(LARGEST, (max(lengths), highest, len(lengths)), strict=True):
       own[name] = max(own[name], value)
 
   def close(self) -> None:
@@ -241,20 +225,25 @@ def _items(
       yield places.popleft(), records
 
 
-def write_shard(job: ShardJob) -> None:
+def write_shard(job: ShardJob, count: Count) -> None:
   """Writes the parts of a shard that are not there yet.
+
+  Args:
+    job: The shard.
+    count: Takes how many of its examples are read.
 
   Raises:
     DataError: a bad record, or one that cannot be read; earlier parts stay.
   """
   directory, part, start = epath.Path(job.directory), 0, 0
-  while (done := _read_part(_part_path(directory, job.shard, part))) is not None:
+  while (done := read_part(part_path(directory, job.shard, part))) is not None:
     if done.facts["last"]:
       return
     part, start = part + 1, done.facts["read"]
   skipped = SkipLog()
   with contextlib.closing(_items(job, start, skipped)) as items:
-    write_parts(directory, (job.shard, part), items, limits(job.config), skipped)
+    first = (job.shard, part)
+    write_parts(directory, first, items, limits(job.config), skipped, count)
 
 
 def write_parts(
@@ -263,6 +252,7 @@ def write_parts(
   items: Iterator[tuple[int, list[Example]]],
   cut_at: Sequence[int] | None,
   skipped: SkipLog,
+  count: Count,
 ) -> None:
   """Writes the last parts of a shard, one at least.
 
@@ -272,6 +262,7 @@ def write_parts(
     items: Places in the shard behind an example of the source, and its records.
     cut_at: Tokens at which queries, positives and negatives are cut; None of segments.
     skipped: What the source left out, complete when items are at their end.
+    count: Takes the places.
   """
   shard, part = first
   following = next(items, None)
@@ -285,6 +276,7 @@ def write_parts(
       while following is not None and len(own) < PART_EXAMPLES:
         read, examples = following
         own.add(examples)
+        count(read)
         following = next(items, None)
     facts = {
       "files": {records.name: own.size},
@@ -293,7 +285,7 @@ def write_parts(
       "last": following is None,
       "skipped": dataclasses.asdict(skipped),
     }
-    with writing(_part_path(directory, shard, part)) as file:
+    with writing(part_path(directory, shard, part)) as file:
       np.savez(
         file,
         lengths=own.lengths,
@@ -301,181 +293,3 @@ def write_parts(
         facts=np.frombuffer(json.dumps(facts).encode(), np.uint8),
       )
     part += 1
-
-
-def write_examples(
-  directory: pathlib.Path, examples: Iterable[Example], cut_at: Sequence[int] | None
-) -> dict[str, Any]:
-  """Writes a complete cache of examples at hand; returns its statistics.
-
-  Args:
-    directory: Of the task.
-    examples: In order.
-    cut_at: Tokens at which queries, positives and negatives are cut; None of segments.
-  """
-  root = epath.Path(directory)
-  items = ((place, [example]) for place, example in enumerate(examples, 1))
-  write_parts(root, (0, 0), items, cut_at, SkipLog())
-  index = finish_task(root, root.name, 1, {}, pairs=cut_at is not None)
-  return index["statistics"]
-
-
-def finish_task(
-  directory: epath.Path,
-  task: str,
-  num_shards: int,
-  dropped: dict[str, int],
-  pairs: bool,
-) -> dict[str, Any]:
-  """Puts the parts of all shards together, and marks the cache as complete.
-
-  Args:
-    directory: Of the task's cache.
-    task: Its name.
-    num_shards: Of the source.
-    dropped: Examples left out, by cleaner.
-    pairs: Whether its examples are pairs.
-
-  Returns:
-    The index.
-
-  Raises:
-    DataError: there is no example.
-  """
-  paths, facts = _all_parts(directory, num_shards)
-  statistics = _statistics(facts, pairs)
-  if not statistics["examples"]:
-    raise DataError(
-      f"task {task!r} has no examples" + (" left by cleaning" if dropped else "")
-    )
-  files: dict[str, int] = {}
-  for fact in facts:
-    if fact["statistics"]["examples"]:
-      files |= fact["files"]
-  shape = (statistics["examples"], 2 + statistics["max_negatives"] if pairs else 1)
-  small = np.uint16 if statistics["max_text_tokens"] < 2**16 else np.uint32
-  with new_file(directory / "lengths.npy") as made:
-    _write_table(made, shape, small, (_part(path).lengths for path in paths))
-    files["lengths.npy"] = made.stat().st_size
-    statistics["lengths"] = _histogram(np.load(made, mmap_mode="r"), pairs)
-  with new_file(directory / "hashes.npy") as made:
-    _write_table(made, shape, np.uint64, (_part(path).hashes for path in paths))
-    files["hashes.npy"] = made.stat().st_size
-    hashes = np.load(made, mmap_mode="r")
-    statistics["duplicates"] = _duplicates(hashes) if pairs else 0
-  statistics["dropped"] = dropped
-  listed = [
-    line for fact in facts if fact["last"] for line in fact["skipped"]["listed"]
-  ]
-  index = {
-    "format": CACHE_FORMAT,
-    "task": task,
-    "files": files,
-    "statistics": statistics,
-    "skipped": listed[:MAX_LISTED_SKIPS],
-  }
-  for fact in facts:
-    if not fact["statistics"]["examples"]:  # no reader should open such a file
-      (directory / next(iter(fact["files"]))).unlink(missing_ok=True)
-  with new_file(directory / "index.json") as made:
-    made.write_text(json.dumps(index, indent=1))
-  for path in paths:
-    path.unlink()
-  return index
-
-
-def _all_parts(
-  directory: epath.Path, num_shards: int
-) -> tuple[list[epath.Path], list[dict[str, Any]]]:
-  """Paths of the parts of all shards in order, and their facts."""
-  paths, facts = [], []
-  for shard in range(num_shards):
-    for number in itertools.count():
-      paths.append(_part_path(directory, shard, number))
-      facts.append(_part(paths[-1]).facts)
-      if facts[-1]["last"]:
-        break
-  return paths, facts
-
-
-def _part(path: epath.Path) -> Part:
-  """A part that has been written.
-
-  Raises:
-    DataError: something took it away.
-  """
-  part = _read_part(path)
-  if part is None:
-    raise DataError(f"{path}: gone or damaged meanwhile; run the command again")
-  return part
-
-
-def _write_table(
-  path: pathlib.Path, shape: tuple[int, int], dtype: Any, tables: Iterable[np.ndarray]
-) -> None:
-  """Writes tables one under another as one .npy, narrower ones filled up with zeros."""
-  header = {
-    "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-    "fortran_order": False,
-    "shape": shape,
-  }
-  with path.open("wb") as file:
-    np.lib.format.write_array_header_1_0(file, header)
-    for table in tables:
-      out = np.zeros((len(table), shape[1]), dtype)
-      out[:, : table.shape[1]] = table
-      file.write(out.tobytes())
-
-
-def _statistics(facts: Sequence[dict[str, Any]], pairs: bool) -> dict[str, Any]:
-  """Over all parts."""
-  own = [part["statistics"] for part in facts]
-  total: dict[str, Any] = {name: sum(part[name] for part in own) for name in _SUMS}
-  total |= {name: max(part[name] for part in own) for name in _LARGEST}
-  texts = total.pop("texts")
-  # A log counts from its shard's beginning: the last part's is the shard's.
-  ends = [part["skipped"] for part in facts if part["last"]]
-  total["skipped"] = sum(end["count"] for end in ends)
-  total["empty"] = sum(end["empty"] for end in ends)
-  unused: collections.Counter[str] = collections.Counter()
-  for end in ends:
-    unused.update(end["unused"])
-  total["unused"] = dict(unused)
-  if pairs:
-    total["max_negatives"] = max(0, texts - 2)
-  for name in ("documents", "short") if pairs else ("truncated",):
-    del total[name]
-  return total
-
-
-def _blocks(table: np.ndarray) -> Iterator[np.ndarray]:
-  """Rows of a memory-mapped table, a part's number at a time."""
-  for start in range(0, len(table), PART_EXAMPLES):
-    yield np.asarray(table[start : start + PART_EXAMPLES])
-
-
-def _histogram(lengths: np.ndarray, pairs: bool) -> dict[str, list[int]]:
-  """Texts by length: up to 8 tokens, 16, …, and longer than the last."""
-  edges = (1, *(edge + 1 for edge in _HISTOGRAM), 2**32)
-  roles = {"query": slice(0, 1), "positive": slice(1, 2), "negatives": slice(2, None)}
-  counts = {
-    name: np.zeros(len(edges) - 1, int) for name in (roles if pairs else ("text",))
-  }
-  for block in _blocks(lengths):
-    for name, count in counts.items():
-      count += np.histogram(block[:, roles.get(name, slice(None))], edges)[0]
-  return {name: count.tolist() for name, count in counts.items()}
-
-
-def _duplicates(hashes: np.ndarray) -> int:
-  """Rows whose query and positive are those of an earlier row."""
-  passes = np.uint64(-(-len(hashes) // _DISTINCT_AT_ONCE))
-  distinct = 0
-  for number in range(int(passes)):
-    own = []
-    for block in _blocks(hashes):
-      # One odd multiple: (a, b) and (b, a) differ.
-      mixed = block[:, 0] * np.uint64(0x9E3779B97F4A7C15) + block[:, 1]
-      own.append(mixed[mixed % passes == number])
-    distinct += len(np.unique(np.concatenate(own)))
-  return len(hashes) - distinct

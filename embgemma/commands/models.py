@@ -1,0 +1,132 @@
+"""Commands that make one model of others: import, soup, extract, export."""
+
+import argparse
+import functools
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from embgemma import flags, outputs
+from embgemma.commands.messages import say, say_notes
+from embgemma.errors import ConfigError
+
+
+def run_import(options: argparse.Namespace) -> None:
+  """Writes the checkpoint of a model in another format."""
+  from embgemma.interop import conversion
+
+  source, output = pathlib.Path(options.source), pathlib.Path(options.output)
+  outputs.check_directory(output, options.overwrite, source)
+  tokenizer = pathlib.Path(options.tokenizer) if options.tokenizer else None
+  model = conversion.load(options.source_format, source, tokenizer)
+  with outputs.new_directory(output) as directory:
+    conversion.write_checkpoint(model, directory)
+  _say_converted(model, model.notes, output)
+
+
+def run_soup(options: argparse.Namespace) -> None:
+  """Writes the mean of checkpoints."""
+  from embgemma import soup
+
+  output = pathlib.Path(options.output)
+  for path in options.checkpoints:
+    outputs.check_directory(output, options.overwrite, path)
+  ingredients = soup.choose(options.checkpoints, options.last)
+  model = soup.uniform(ingredients)
+  with outputs.new_directory(output) as directory:
+    soup.write(model, ingredients, directory)
+  print("the mean of", *ingredients, sep="\n  ")
+  _say_converted(model, model.notes, output)
+
+
+def run_extract(options: argparse.Namespace) -> None:
+  """Writes the embedder that pretrained stacks become."""
+  from embgemma.interop import extraction
+  from embgemma.models.adaptation import report_text
+  from embgemma.models.extraction import embedder_config
+
+  output = pathlib.Path(options.output)
+  outputs.check_directory(output, options.overwrite, options.checkpoint)
+  if not 0 <= options.seed < 2**32:
+    raise ConfigError(f"--seed={options.seed}: write a number from 0 to {2**32 - 1}")
+  widths = flags.counts("widths", options.widths) if options.widths else None
+  configure = functools.partial(
+    embedder_config,
+    hidden_width=_hidden_width(options.hidden_width),
+    embedding_width=options.embedding_width,
+    matryoshka_widths=widths,
+    pooler=options.pooler,
+  )
+  extracted = extraction.extract(options.checkpoint, configure, options.seed)
+  with outputs.new_directory(output) as directory:
+    extraction.write(extracted, directory)
+  print(report_text(extracted.report))
+  _say_converted(extracted.model, (), output)
+
+
+def _hidden_width(value: str | None) -> int | Literal["default"] | None:
+  """What `embedder_config` takes for --hidden_width."""
+  if value is None:
+    return "default"
+  if value == "none":
+    return None
+  if not re.fullmatch(r"[1-9]\d*", value):
+    raise ConfigError(f"--hidden_width={value}: write 3072, or none for no heads")
+  return int(value)
+
+
+def _say_converted(model: Any, notes: Iterable[str], output: pathlib.Path) -> None:
+  say_notes(notes)
+  say(f"{model.size:,} parameters: {output}")
+
+
+def run_export(options: argparse.Namespace) -> None:
+  """Writes a checkpoint's model in another format."""
+  if options.target_format == "hf":
+    _export_hf(options)
+  else:
+    _export_gguf(options)
+
+
+def _export_hf(options: argparse.Namespace) -> None:
+  from embgemma.evaluation import model_card
+  from embgemma.interop import conversion, sentence_transformers_writer
+
+  output = pathlib.Path(options.output)
+  if options.dtype not in ("float32", "bfloat16"):
+    raise ConfigError(
+      f"--dtype={options.dtype}: hf has float32 and bfloat16; q8_0 is a type of gguf, "
+      "and Gemma 3's activations exceed the largest float16 (65,504)"
+    )
+  outputs.check_directory(output, options.overwrite, options.checkpoint)
+
+  def check(config: Any) -> None:
+    sentence_transformers_writer.check_exportable(config, options.max_length)
+
+  model = conversion.open_embedder(options.checkpoint, check)
+  length = options.max_length or model.description.max_length
+  card = model_card.model_card(model, output.resolve().name, options.dtype, length)
+  with outputs.new_directory(output) as directory:
+    notes = sentence_transformers_writer.write(
+      model, directory, options.dtype, length, card
+    )
+  _say_converted(model, (*model.notes, *notes), output)
+
+
+def _export_gguf(options: argparse.Namespace) -> None:
+  from embgemma.interop import conversion, gguf_file
+
+  output = pathlib.Path(options.output)
+  if options.max_length is not None:
+    raise ConfigError("--max_length is for hf; llama.cpp takes its context's length")
+  outputs.check_file(output, options.overwrite)
+  weight_type = gguf_file.TYPE_OF_DTYPE[options.dtype]
+
+  def check(config: Any) -> None:
+    gguf_file.check_exportable(config, weight_type)
+
+  model = conversion.open_embedder(options.checkpoint, check)
+  with outputs.new_path(output) as path:
+    gguf_file.write(model, path, weight_type)
+  _say_converted(model, model.notes, output)
