@@ -20,11 +20,13 @@ import numpy as np
 from etils import epath
 
 from embgemma import gin_config
+from embgemma.data.bad_records import SkipLog
 from embgemma.data.cache import CachedTask
 from embgemma.data.reader import StepSource
 from embgemma.data.records import Example
 from embgemma.data.schedule import RecordSchedule
-from embgemma.data.task_writer import write_examples
+from embgemma.data.shard_writer import write_parts
+from embgemma.data.task_index import finish_task
 from embgemma.losses.objective import Nce, Objective, SpreadOut
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.embedder import on_platform
@@ -47,9 +49,11 @@ def make_task(directory: pathlib.Path, examples: int) -> CachedTask:
     tokens = tuple(rng.integers(5, 8000, n, dtype=np.int32) for n in lengths)
     return Example(tokens, rng.integers(0, 2**63, 2, dtype=np.uint64))
 
-  limits = (25, 257, 257)
-  statistics = write_examples(directory, (example() for _ in range(examples)), limits)
-  return CachedTask("random", 1.0, epath.Path(directory), statistics)
+  root, limits = epath.Path(directory), (25, 257, 257)
+  items = ((place, [example()]) for place in range(1, examples + 1))
+  write_parts(root, (0, 0), items, limits, SkipLog(), lambda count: None)
+  index = finish_task(root, "random", 1, {}, pairs=True)
+  return CachedTask("random", 1.0, root, index["statistics"])
 
 
 class Case:
@@ -66,7 +70,7 @@ class Case:
     schedule = RecordSchedule([task], batch, 0, config.transformer.vocab_size)
     source = StepSource(schedule, microbatch_tokens=tokens)
     packed = source.batch(0).arrays
-    self.shapes = packed.group_shapes(1)
+    self.shapes = [group.tokens.shape for group in packed.groups]
     self.pairs = partitioning.place_batch(packed, learner.batch_specs, mesh)
     step: Any = make_train_step(learner, optimizer, 1000, mesh, abstract)
     self.compiled = step.lower(abstract, self.pairs).compile()
