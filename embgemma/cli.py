@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from embgemma import flags, process
-from embgemma.commands import data, embedding, models, training
+from embgemma.commands import data, embedding, models, search, training
 from embgemma.errors import ConfigError, EmbgemmaError
 
 _OF_STAGES = {
@@ -24,7 +24,9 @@ _OF_MODELS = {
   "extract": models.run_extract,
 }
 # What is unfinished when they are terminated is removed on the way.
-_CLEARED = frozenset({"cache", "teach", "mine", "import", "export", "soup", "extract"})
+_CLEARED = frozenset(
+  {"cache", "teach", "mine", "search", "import", "export", "soup", "extract"}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       # Ctrl-C wherever training does not listen.
       with process.handling((signal.SIGINT,), process.leave):
         training.run_train(options, bindings, command_line[1:])
+    elif command == "search":
+      search.run_search(options, bindings, command_line[1:])
     elif command in _OF_STAGES:
       _OF_STAGES[command](options, bindings)
     else:

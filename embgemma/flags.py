@@ -111,6 +111,11 @@ def parser() -> argparse.ArgumentParser:
   )
   _add_teach_flags(command("teach", "embed the cached texts of a stage with a teacher"))
   _add_mine_flags(command("mine", "find hard negatives for the pairs of a stage"))
+  _add_gin_flags(
+    command(
+      "search", "find the best mixtures of a stage's tasks; workers may share one"
+    )
+  )
   _add_gin_flags(command("explain", "show the resolved run before any compute"))
 
   precompile = command("precompile", "compile a stage's step for devices not at hand")

@@ -41,6 +41,7 @@ def register() -> None:
   from embgemma.losses import denoising, objective
   from embgemma.mining import bm25, vectors
   from embgemma.mining import filters as mining_filters
+  from embgemma.mixture_search import config as search_config
   from embgemma.models import config
   from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
 
@@ -69,6 +70,7 @@ def register() -> None:
     ),
     (mining_filters, ("MiningOptions",)),
     (bm25, ("Bm25Searcher",)),
+    (search_config, ("MixtureSearch",)),
     (vectors, ("VectorSearcher",)),
     (public_sets, ("public_tasks", "public_tfds_tasks")),
     (filters, ("LengthFilter", "LanguageFilter")),
@@ -288,6 +290,11 @@ def resolve(name: str, **arguments: Any) -> Any:
     if "configurable" not in str(error):
       raise
     raise ConfigError(f"gin: {_first_lines(error)}") from error
+
+
+def config() -> str:
+  """All that was read, in gin's words."""
+  return gin.config_str()
 
 
 def operative_config() -> str:

@@ -15,8 +15,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-_SECONDS_TO_END = 10  # of a child that is told to
-
 
 def quieten_libraries() -> None:
   """Keeps stderr to what the user can act on."""
@@ -93,40 +91,6 @@ def use_virtual_devices(topologies: Sequence[str]) -> None:
     os.environ["XLA_FLAGS"] = f"{flags} {flag}={max(counts)}".strip()
 
 
-# Of a Python that becomes a command: on Linux the kernel ends it with its parent.
-_ENDING_WITH_PARENT = """
-import ctypes, os, signal, sys
-prctl = getattr(ctypes.CDLL(None), "prctl", None)
-if prctl is not None:
-  prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-  os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-@contextlib.contextmanager
-def child(command: Sequence[str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-  """A running command that ends with the block and, on Linux, with this process.
-
-  Args:
-    command: Its first is the path of a program.
-    log: Takes what it prints.
-  """
-  starter = [sys.executable, "-c", _ENDING_WITH_PARENT, str(os.getpid())]
-  started = subprocess.Popen(
-    [*starter, *command], stdout=log, stderr=subprocess.STDOUT, process_group=0
-  )
-  try:
-    yield started
-  finally:
-    started.terminate()
-    try:
-      started.wait(_SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-      started.kill()
-      started.wait()
-
-
 def run_child(command: Sequence[str], environment: Mapping[str, str]) -> int:
   """The exit status of a command that ends with this process.
 
@@ -145,7 +109,7 @@ def _ending_with(process: subprocess.Popen[bytes]) -> Callable[[int, Any], None]
     del frame
     process.terminate()
     with contextlib.suppress(ChildProcessError):
-      deadline = time.monotonic() + _SECONDS_TO_END
+      deadline = time.monotonic() + 10
       while os.waitpid(process.pid, os.WNOHANG) == (0, 0):
         if time.monotonic() > deadline:
           process.kill()

@@ -35,7 +35,7 @@ def run_train(
   if options.multiprocess or processes.count is not None:
     distributed.initialize(processes)
   if distributed.is_first():
-    _ensure_cached(arguments["data"], command_line)
+    ensure_cached(arguments["data"], command_line)
   else:
     _wait_for_cache(arguments["data"])
   try:
@@ -46,8 +46,17 @@ def run_train(
     raise SystemExit(128 + stopped.signum) from None
 
 
-def _ensure_cached(data: Any, command_line: Sequence[str]) -> None:
-  """Runs `embgemma cache` in a process of its own, so that TensorFlow ends with it."""
+def ensure_cached(data: Any, command_line: Sequence[str]) -> None:
+  """Has the tasks of a stage cached, in a process of its own: TensorFlow ends with it.
+
+  Args:
+    data: CachedData of the stage.
+    command_line: Flags of its configuration.
+
+  Raises:
+    DataError: the process was killed.
+    SystemExit: it said what is wrong, and ended.
+  """
   from embgemma.data import cache
 
   if cache.manifest(data) is not None:

@@ -189,6 +189,7 @@ def manifest(config: CachedData) -> Manifest | None:
   rated = (
     dataclasses.replace(task, rate=rate)
     for task, rate in zip(tasks, rates, strict=True)
+    if rate > 0
   )
   return Manifest(tuple(rated), local_copy(config.vocabulary_path()))
 

@@ -75,7 +75,7 @@ class CachedData(abc.ABC):
   cache_dir: str | None = None
   on_bad_record: str = "fail"
   cleaning: Sequence[Cleaner] = ()
-  rates: str | float = "explicit"
+  rates: str | float | Mapping[str, float] = "explicit"
 
   content: ClassVar[str]  # of its tasks' sources
   _macro: ClassVar[str]  # that declares tasks
@@ -238,7 +238,7 @@ class CachedData(abc.ABC):
         sorted((task.name, task.rate, task.symmetric) for task in self.selected()),
         *self.record_key(),
         vocabulary,
-        self.rates,
+        sorted(self.rates.items()) if isinstance(self.rates, Mapping) else self.rates,
         *self.reading_key(),
       ]
     )

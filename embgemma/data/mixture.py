@@ -13,10 +13,16 @@ from embgemma.typing import Int
 _BLOCK = 4096  # steps drawn from one counter of the generator
 RATES = ("explicit", "even", "proportional")
 
+Rates = str | int | float | Mapping[str, float]
+"""One of `RATES`, a temperature, or rates by task."""
+
 
 @runtime_checkable
 class Rated(Protocol):
   """A task as mixtures see it, such as `cache.CachedTask`."""
+
+  @property
+  def name(self) -> str: ...
 
   @property
   def rate(self) -> float: ...
@@ -25,10 +31,8 @@ class Rated(Protocol):
   def statistics(self) -> Mapping[str, Any]: ...
 
 
-def mixture_rates(
-  tasks: Sequence[Rated], how: str | int | float = "explicit"
-) -> tuple[float, ...]:
-  """The weight of each task, of any positive scale.
+def mixture_rates(tasks: Sequence[Rated], how: Rates = "explicit") -> tuple[float, ...]:
+  """The weight of each task, of any positive scale; 0 leaves it out.
 
   A temperature T is that of mT5 (arXiv 2010.11934, section 3.1), its 1/T their alpha:
   1 is "proportional", and the larger, the more even.
@@ -36,12 +40,15 @@ def mixture_rates(
   Args:
     tasks: With statistics["examples"].
     how: "explicit" is each task's own rate; "even" gives all the same, "proportional"
-      their numbers of examples, and T these to the power of 1/T.
+      their numbers of examples, and T these to the power of 1/T. A mapping gives each
+      task's by name.
 
   Raises:
-    ConfigError: `how` is none of these.
+    ConfigError: `how` is none of these, or names other tasks.
   """
   check_rates(how)
+  if isinstance(how, Mapping):
+    return _named_rates(tasks, how)
   if how == "explicit":
     return tuple(float(task.rate) for task in tasks)
   if how == "even":
@@ -52,7 +59,23 @@ def mixture_rates(
   return tuple((n / max(examples)) ** (1 / temperature) for n in examples)
 
 
-def check_rates(how: str | int | float) -> None:
+def _named_rates(
+  tasks: Sequence[Rated], rates: Mapping[str, float]
+) -> tuple[float, ...]:
+  names = [task.name for task in tasks]
+  if set(names) != set(rates):
+    missing, unknown = (
+      sorted(set(names) - set(rates)),
+      sorted(set(rates) - set(names)),
+    )
+    raise ConfigError(
+      "MIXTURE_RATES must name each task of the mixture and no other; missing: "
+      f"{', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+    )
+  return tuple(float(rates[name]) for name in names)
+
+
+def check_rates(how: Rates) -> None:
   """Returns nothing if `mixture_rates` knows this.
 
   Raises:
@@ -60,14 +83,22 @@ def check_rates(how: str | int | float) -> None:
   """
   if isinstance(how, str):
     known = how in RATES
+  elif isinstance(how, Mapping):
+    known = all(map(_is_rate, how.values())) and any(how.values())
   else:
     known = not isinstance(how, bool) and math.isfinite(how) and how > 0
   if known:
     return
   raise ConfigError(
-    f"rates of a mixture are one of {', '.join(map(repr, RATES))}, or a temperature "
-    f"above 0, such as 2.0; got {how!r}"
+    f"rates of a mixture are one of {', '.join(map(repr, RATES))}, a temperature above "
+    "0, such as 2.0, or a mapping from tasks to rates of 0 or more, not all 0; got "
+    f"{how!r}"
   )
+
+
+def _is_rate(value: Any) -> bool:
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return is_number and math.isfinite(value) and value >= 0
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -170,10 +171,11 @@ def _step_table(plan: StepPlan, lengths: str) -> Table:
 def _task_table(data: CachedData, train_steps: int, batch_size: int) -> Table:
   """Rate, size and expected use of each task; sizes are known once it is cached."""
   manifest = complete_caches(data)
+  how = "given" if isinstance(data.rates, Mapping) else data.rates
   if manifest is None:
-    title = f"tasks, {data.rates} rates (sizes after `embgemma cache`)"
+    title = f"tasks, {how} rates (sizes after `embgemma cache`)"
   else:
-    title = f"tasks, {data.rates} rates"
+    title = f"tasks, {how} rates"
   table = Table(title=title)
   for column in ("task", "rate", "steps", "examples", "epochs", "tokens"):
     table.add_column(column, justify="left" if column == "task" else "right")
@@ -195,6 +197,8 @@ def _shares(data: CachedData, manifest: Manifest | None) -> list[float | None]:
   """Of all steps, each task's; None while they follow from sizes yet unknown."""
   if manifest is not None:
     rates = [task.rate for task in manifest.tasks]
+  elif isinstance(data.rates, Mapping):
+    rates = [data.rates.get(task.name, 0.0) for task in data.selected()]
   elif data.rates in ("explicit", "even"):
     rates = [t.rate if data.rates == "explicit" else 1.0 for t in data.selected()]
   else:

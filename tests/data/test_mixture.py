@@ -15,6 +15,7 @@ from embgemma.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
+  name: str
   rate: float
   examples: int
 
@@ -23,7 +24,7 @@ class _Task:
     return {"examples": self.examples}
 
 
-TASKS = [_Task(3.0, 100), _Task(1.0, 6400), _Task(0.5, 1600)]
+TASKS = [_Task("qa", 3.0, 100), _Task("code", 1.0, 6400), _Task("web", 0.5, 1600)]
 
 
 def shares(rates) -> np.ndarray:
@@ -56,7 +57,7 @@ def test_explicit_rates_stay_as_they_are():
   st.floats(1.01, 1e3),
 )
 def test_the_warmer_the_more_even(examples, temperature, factor):
-  tasks = [_Task(1.0, n) for n in examples]
+  tasks = [_Task("any", 1.0, n) for n in examples]
   cold, warm = (
     shares(mixture_rates(tasks, t)) for t in (temperature, temperature * factor)
   )
@@ -99,3 +100,31 @@ def test_a_schedule_has_no_period():
   first, *others = tasks.reshape(4, -1)
   for other in others:
     assert 0.45 < np.mean(first == other) < 0.55
+
+
+def test_rates_by_name():
+  """In the order of the tasks, whatever that of the mapping."""
+  names = [task.name for task in TASKS]
+  rates = dict(zip(reversed(names), (0.5, 0, 2), strict=True))
+  assert mixture_rates(TASKS, rates) == (2.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"another": 1.0}, "unknown: another"),
+    ({"qa": None}, "missing: qa"),
+    ({"qa": -1.0}, "0 or more"),
+    ({"qa": math.inf}, "0 or more"),
+  ],
+)
+def test_wrong_rates_by_name(change, message):
+  rates = {**{task.name: 1.0 for task in TASKS}, **change}
+  rates = {name: rate for name, rate in rates.items() if rate is not None}
+  with pytest.raises(ConfigError, match=message):
+    mixture_rates(TASKS, rates)
+
+
+def test_rates_by_name_are_not_all_0():
+  with pytest.raises(ConfigError, match="not all 0"):
+    mixture_rates(TASKS, {task.name: 0 for task in TASKS})

@@ -216,6 +216,7 @@ def test_every_gin_file_is_tested():
   tested = {f"models/{name}" for name in EMBEDDERS}
   tested |= {f"models/{name}" for models, _ in BACKBONES for name in models}
   tested |= {f"stages/{name}" for name in (*STAGES_OF_PAIRS, "probe", "distill")}
+  tested.add("stages/search")  # tests/integration/test_search.py
   tested |= {f"stages/{stage}" for _, stage in BACKBONES}
   tested |= {f"recipes/{name}" for name in RECIPES}
   files = {str(path.relative_to(GIN).with_suffix("")) for path in GIN.rglob("*.gin")}

@@ -1,0 +1,45 @@
+"""Commands that run beside this process and end with it."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+_SECONDS_TO_END = 10  # of a child that is told to
+
+# Of a Python that becomes a command: on Linux the kernel ends it with its parent.
+_ENDING_WITH_PARENT = """
+import ctypes, os, signal, sys
+prctl = getattr(ctypes.CDLL(None), "prctl", None)
+if prctl is not None:
+  prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+  os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+@contextlib.contextmanager
+def child_process(
+  command: Sequence[str], log: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+  """A running command that ends with the block and, on Linux, with this process.
+
+  Args:
+    command: Its first is the path of a program.
+    log: Takes what it prints.
+  """
+  starter = [sys.executable, "-c", _ENDING_WITH_PARENT, str(os.getpid())]
+  started = subprocess.Popen(
+    [*starter, *command], stdout=log, stderr=subprocess.STDOUT, process_group=0
+  )
+  try:
+    yield started
+  finally:
+    started.terminate()
+    try:
+      started.wait(_SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+      started.kill()
+      started.wait()

@@ -1,0 +1,82 @@
+"""The command that searches mixtures: trials are runs of `embgemma train`."""
+
+import argparse
+import pathlib
+import re
+from collections.abc import Sequence
+
+from embgemma.commands.configuration import configure
+from embgemma.commands.messages import said_errors, say
+from embgemma.commands.training import ensure_cached
+from embgemma.errors import ConfigError
+
+# What workers of one search may give differently.
+_OWN = ("SEARCH_DIR", "SEARCH_STORAGE", "CACHE_DIR", "PROPOSED_TRIALS", "EXPERTS")
+
+
+def run_search(
+  options: argparse.Namespace, bindings: Sequence[str], command_line: Sequence[str]
+) -> None:
+  """Does trials of a search until it has all, then writes what was found."""
+  from embgemma import gin_config
+  from embgemma.data import cache
+  from embgemma.mixture_search.config import MixtureSearch
+  from embgemma.training import stages
+
+  configure(options, bindings)
+  search: MixtureSearch = gin_config.resolve("MixtureSearch")
+  proxy = [f"{name}={value!r}" for name, value in search.proxy.items()]
+  configure(options, [*bindings, *proxy])
+  arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
+  stages.make_stage(*(arguments[name] for name in ("model", "objective", "data")))
+  objectives = search.judged(tuple(arguments["evaluations"]))
+  settings = _shared_settings(gin_config.config())
+  ensure_cached(arguments["data"], command_line)
+  manifest = cache.manifest(arguments["data"])
+  assert manifest is not None
+  tasks = {task.name: task.rate for task in manifest.tasks}
+  shares = search.members(tasks)
+  try:
+    from embgemma.mixture_search import results
+    from embgemma.mixture_search.study import MixtureStudy, SearchPlan
+    from embgemma.mixture_search.training import TrainingTrials
+  except ModuleNotFoundError as error:
+    raise ConfigError(
+      f"`embgemma search` needs {error.name}: pip install 'embgemma[search]'"
+    ) from error
+  plan = SearchPlan(
+    groups={g: sum(tasks[task] for task in of) for g, of in shares.items()},
+    objectives=tuple(objectives),
+    seed_repeats=search.seed_repeats,
+    dirichlet_trials=search.dirichlet_trials,
+    proposed_trials=search.proposed_trials,
+    stop_below=search.stop_below,
+    random_seed=search.seed,
+  )
+  directory = pathlib.Path(search.directory)
+  flags = _train_flags(options, [*bindings, *proxy])
+  with said_errors(str(directory)):
+    directory.mkdir(parents=True, exist_ok=True)
+    study = MixtureStudy(search.url, search.study, plan, settings)
+    study.work(TrainingTrials(directory, flags, shares, objectives), say)
+    result = results.conclude(plan, study.records(), search.experts)
+    results.write(result, directory, shares)
+  if not result.experts:
+    raise ConfigError(f"no trial of {search.url} succeeded; see {directory / 'trials'}")
+  print(results.markdown(result))
+
+
+def _shared_settings(config: str) -> str:
+  """The configuration without what each worker may have of its own."""
+  own = re.compile(rf"^({'|'.join(_OWN)}) = ")
+  lines = (line for line in config.splitlines() if line and not line.startswith("#"))
+  return "\n".join(line for line in lines if not own.match(line))
+
+
+def _train_flags(options: argparse.Namespace, bindings: Sequence[str]) -> list[str]:
+  flags = [f"--gin_file={file}" for file in options.gin_file]
+  if options.gin_search_paths:
+    flags.append(f"--gin_search_paths={options.gin_search_paths}")
+  if options.on_bad_record:
+    flags.append(f"--on_bad_record={options.on_bad_record}")
+  return [*flags, *(f"--gin.{binding}" for binding in bindings)]
