@@ -47,11 +47,14 @@ class Description:
     lengths: Most tokens of query, positive and negatives in training; of pretrained
       stacks, of rows of inputs and targets.
     prompts: Names of prompts to their strings.
+    lineage: The same for all that was trained from the same first parameters; "" is
+      not known, as of checkpoints of before.
   """
 
   config: EmbedderConfig | BackboneConfig
   lengths: Mapping[str, int]
   prompts: Mapping[str, str]
+  lineage: str = ""
 
   @property
   def embedder(self) -> EmbedderConfig:
@@ -137,6 +140,7 @@ def write_description(
     "model": description.config.to_json(),
     "lengths": dict(description.lengths),
     "prompts": dict(description.prompts),
+    "lineage": description.lineage,
   }
   write_atomically(model_dir / "tokenizer.model", vocabulary.serialized)
   if operative_gin:
@@ -172,7 +176,9 @@ def read_description(model_dir: pathlib.Path) -> Description:
         f"({CHECKPOINT_FORMAT}); upgrade embgemma"
       )
     config = _model_config(content["kind"], content["model"], path)
-    return Description(config, content["lengths"], content["prompts"])
+    return Description(
+      config, content["lengths"], content["prompts"], content.get("lineage", "")
+    )
   except FileNotFoundError as error:
     foreign = (model_dir / "config.json").exists()
     remedy = (

@@ -228,6 +228,24 @@ def parser() -> argparse.ArgumentParser:
     metavar="K",
     help="the last K steps that the one MODEL_DIR keeps, in place of its newest",
   )
+  soup.add_argument("--weights", help="of each, separated by commas; default is alike")
+  soup.add_argument(
+    "--greedy",
+    action="store_true",
+    help="from the best to the worst, keep what makes the mean no worse on --data",
+  )
+  soup.add_argument(
+    "--data",
+    action="append",
+    default=[],
+    metavar="NAME=PATH[:KIND]",
+    help="held-out data of --greedy, as of `embgemma eval`; repeatable",
+  )
+  soup.add_argument(
+    "--allow_different_init",
+    action="store_true",
+    help="average models that were not trained from the same parameters, too",
+  )
   soup.add_argument("--overwrite", action="store_true", help="replace --output")
 
   export = command("export", "write a checkpoint for other tools")

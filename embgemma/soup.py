@@ -9,9 +9,10 @@ same weights: means of models that were drawn apart are no models.
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,10 @@ class Ingredient:
 
   def __str__(self) -> str:
     return f"{self.path}, step {self.step}"
+
+  def to_json(self) -> dict[str, Any]:
+    """What ingredients.json says of it."""
+    return {"path": self.path, "step": self.step}
 
 
 def choose(paths: Sequence[str], last: int | None = None) -> list[Ingredient]:
@@ -102,7 +107,11 @@ def _located(path: str) -> tuple[pathlib.Path, int | None]:
   return directory, step
 
 
-def uniform(ingredients: Sequence[Ingredient]) -> Model:
+def average(
+  ingredients: Sequence[Ingredient],
+  weights: Sequence[float] | None = None,
+  allow_different_init: bool = False,
+) -> Model:
   """The mean of checkpoints of one model.
 
   Averaged parameters where a run kept them. Adapters are merged into their kernels
@@ -112,34 +121,152 @@ def uniform(ingredients: Sequence[Ingredient]) -> Model:
   Args:
     ingredients: One at least. However many they are, two models are in memory, and
       once more the largest array while it is read.
+    weights: Of each, of any positive scale; None is all alike.
+    allow_different_init: Whether they may have been trained from other parameters.
 
   Raises:
-    CheckpointError: they differ in configuration, vocabulary or prompts, which the
-      message names, or one cannot be read.
+    CheckpointError: they differ in configuration, vocabulary, prompts or lineage,
+      which the message names, or one cannot be read.
   """
-  models = {
-    directory: _Unread(
-      checkpoints.read_description(directory), checkpoints.read_vocabulary(directory)
+  source = _Source.open(ingredients, allow_different_init)
+  return source.model(mean(map(source.read, ingredients), weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """An ingredient that a greedy soup was tried with.
+
+  Attributes:
+    ingredient: What was tried.
+    alone: Its score by itself.
+    together: That of the soup with it.
+    kept: Whether it is in the soup.
+  """
+
+  ingredient: Ingredient
+  alone: float
+  together: float
+  kept: bool
+
+  def to_json(self) -> dict[str, Any]:
+    """What ingredients.json says of it."""
+    scores = {"alone": self.alone, "together": self.together, "kept": self.kept}
+    return self.ingredient.to_json() | scores
+
+  def __str__(self) -> str:
+    verdict = "kept" if self.kept else "left out"
+    return (
+      f"{self.ingredient}: {100 * self.alone:.2f} alone, "
+      f"{100 * self.together:.2f} together, {verdict}"
     )
-    for directory in dict.fromkeys(i.directory for i in ingredients)
-  }
-  _check_alike(models)
-  params = mean(_read(i, models[i.directory].config) for i in ingredients)
-  first = next(iter(models.values()))
-  config = _without_adapters(first.config)
-  description = Description(config, _longest(models.values()), first.prompts)
-  notes: tuple[str, ...] = ()
-  if any(model.config != _without_adapters(model.config) for model in models.values()):
-    notes = ("adapters were merged into their kernels before averaging",)
-  return Model(description, first.vocabulary, params, notes)
 
 
-def _read(ingredient: Ingredient, config: EmbedderConfig | BackboneConfig) -> NumpyTree:
-  _return_freed_memory()
-  params = weights.read(ingredient.directory, ingredient.step, config)
-  if isinstance(config, EmbedderConfig):
-    return dict(lora.merge(params, config)[0])
-  return params
+def greedy(
+  ingredients: Sequence[Ingredient],
+  evaluate: Callable[[Model], float],
+  allow_different_init: bool = False,
+) -> tuple[Model, list[Trial]]:
+  """The mean of those checkpoints that do not make it worse.
+
+  From the best alone to the worst, one stays where the mean with it scores no less than
+  the mean without (model soups, arXiv 2203.05482, recipe 1).
+
+  Args:
+    ingredients: One at least. Three models are in memory.
+    evaluate: The held-out score of a model; higher is better.
+    allow_different_init: As of `average`.
+
+  Returns:
+    The model, and what was tried, in that order.
+
+  Raises:
+    CheckpointError: as of `average`.
+  """
+  source = _Source.open(ingredients, allow_different_init)
+
+  def score(params: NumpyTree) -> float:
+    return evaluate(source.model(params))
+
+  alone = {each: score(source.read(each)) for each in ingredients}
+  best, *others = sorted(ingredients, key=lambda each: -alone[each])
+  soup, together = source.read(best), alone[best]
+  trials = [Trial(best, together, together, kept=True)]
+  for each in others:
+    kept = sum(trial.kept for trial in trials)
+    with_it = mean([source.read(each), jax.tree.map(np.copy, soup)], [1.0, float(kept)])
+    scored = score(with_it)
+    trials.append(Trial(each, alone[each], scored, kept=scored >= together))
+    if scored >= together:
+      soup, together = with_it, scored
+  return source.model(soup), trials
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+  """Where the weights of a soup come from: directories of one model.
+
+  Attributes:
+    models: What each directory says.
+    coarse: Ingredients read so far whose weights are those of bfloat16.
+  """
+
+  models: "Mapping[pathlib.Path, _Unread]"
+  coarse: dict[str, None] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def open(
+    cls, ingredients: Sequence[Ingredient], allow_different_init: bool
+  ) -> "_Source":
+    models = {
+      directory: _Unread(
+        checkpoints.read_description(directory), checkpoints.read_vocabulary(directory)
+      )
+      for directory in dict.fromkeys(i.directory for i in ingredients)
+    }
+    _check_alike(models)
+    if not allow_different_init:
+      _check_lineage(models)
+    return cls(models)
+
+  def read(self, ingredient: Ingredient) -> NumpyTree:
+    """Parameters, adapters merged."""
+    _return_freed_memory()
+    config = self.models[ingredient.directory].config
+    params = weights.read(ingredient.directory, ingredient.step, config)
+    if has_bfloat16_precision(params):
+      self.coarse[str(ingredient)] = None
+    if isinstance(config, EmbedderConfig):
+      return dict(lora.merge(params, config)[0])
+    return params
+
+  def model(self, params: NumpyTree) -> Model:
+    """What parameters are with the rest of the model."""
+    descriptions = [model.description for model in self.models.values()]
+    first = next(iter(self.models.values()))
+    lineages = {description.lineage for description in descriptions}
+    description = Description(
+      _without_adapters(first.config),
+      _longest(self.models.values()),
+      first.prompts,
+      lineages.pop() if len(lineages) == 1 else "",
+    )
+    return Model(description, first.vocabulary, params, tuple(self._notes()))
+
+  def _notes(self) -> Iterator[str]:
+    models = self.models.values()
+    if any(model.config != _without_adapters(model.config) for model in models):
+      yield "adapters were merged into their kernels before averaging"
+    unknown = [str(d) for d, m in self.models.items() if not m.description.lineage]
+    if unknown and len(self.models) > 1:
+      yield (
+        f"{', '.join(unknown)}: what it was trained from is not known; the mean of "
+        "models that were drawn apart is none"
+      )
+    if self.coarse:
+      yield (
+        f"{', '.join(self.coarse)}: weights of bfloat16, whose rounding is of the size "
+        "of what finetuning changes; average float32 checkpoints"
+      )
 
 
 def _return_freed_memory() -> None:
@@ -149,7 +276,9 @@ def _return_freed_memory() -> None:
     trim(0)
 
 
-def mean(trees: Iterable[NumpyTree]) -> NumpyTree:
+def mean(
+  trees: Iterable[NumpyTree], weights: Sequence[float] | None = None
+) -> NumpyTree:
   """The mean of parameter trees, in float32.
 
   It moves from tree to tree, by (x - mean) / k at the k-th, so that equal values stay
@@ -160,34 +289,51 @@ def mean(trees: Iterable[NumpyTree]) -> NumpyTree:
   Args:
     trees: Of float32 arrays, one at least. Taken one by one, and overwritten: the
       first becomes the mean.
+    weights: Of each, above 0; k is then the weights so far by the tree's own. None is
+      all alike.
   """
   remaining = iter(trees)
   average = next(remaining)
-  count = 1
+  shares = iter(weights or itertools.repeat(1.0))
+  total = next(shares)
   while (tree := next(remaining, None)) is not None:
-    count += 1
-    jax.tree.map(functools.partial(_move, count), average, tree)
+    share = next(shares)
+    total += share
+    jax.tree.map(functools.partial(_move, total / share), average, tree)
     del tree  # before the next is read
   return average
 
 
-def _move(count: int, average: np.ndarray, values: np.ndarray) -> None:
+def _move(count: float, average: np.ndarray, values: np.ndarray) -> None:
   values -= average
   values /= count
   average += values
 
 
+def has_bfloat16_precision(params: NumpyTree) -> bool:
+  """Whether all float32 values of a tree are those of bfloat16."""
+  return not any(
+    (np.ascontiguousarray(leaf).view(np.uint32) & 0xFFFF).any()
+    for leaf in jax.tree.leaves(params)
+  )
+
+
 def write(
-  model: Model, ingredients: Sequence[Ingredient], directory: pathlib.Path
+  model: Model, ingredients: Sequence[Mapping[str, Any]], directory: pathlib.Path
 ) -> None:
   """Writes a soup as a checkpoint directory, with what it was made of.
+
+  Args:
+    model: The soup.
+    ingredients: What ingredients.json says of each.
+    directory: To make.
 
   Raises:
     OSError: the directory cannot be written.
   """
   conversion.write_checkpoint(model, directory)
-  listed = [{"path": i.path, "step": i.step} for i in ingredients]
-  (directory / INGREDIENTS_FILE).write_text(json.dumps(listed, indent=1) + "\n")
+  listed = json.dumps(list(ingredients), indent=1)
+  (directory / INGREDIENTS_FILE).write_text(listed + "\n")
 
 
 class _Unread(NamedTuple):
@@ -237,6 +383,19 @@ def _check_alike(models: Mapping[pathlib.Path, _Unread]) -> None:
       + "\n  ".join(listed)
       + "\nAverage checkpoints that were trained from the same weights."
     )
+
+
+def _check_lineage(models: Mapping[pathlib.Path, _Unread]) -> None:
+  """Refuses models that were not trained from the same first parameters."""
+  known = {d: m.description.lineage for d, m in models.items() if m.description.lineage}
+  if len(set(known.values())) < 2:
+    return
+  listed = "\n  ".join(f"{path}: {lineage}" for path, lineage in known.items())
+  raise CheckpointError(
+    f"these checkpoints were not trained from the same parameters:\n  {listed}\nThe "
+    "mean of models that were drawn apart is none: average runs that start from one "
+    "checkpoint, or add --allow_different_init."
+  )
 
 
 def _differences(model: _Unread, first: _Unread) -> Iterator[str]:

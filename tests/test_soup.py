@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -111,9 +113,10 @@ def write_run(tmp_path, vocabulary) -> Write:
     prompts: Mapping[str, str] = _PROMPTS,
     own_vocabulary: Any = vocabulary,
     lengths: Mapping[str, int] = _LENGTHS,
+    lineage: str = "one",
   ) -> pathlib.Path:
     directory = tmp_path / name
-    description = Description(config, lengths, prompts)
+    description = Description(config, lengths, prompts, lineage)
     checkpoints.write_description(directory, description, own_vocabulary, "")
     store = CheckpointStore(directory, CheckpointPolicy(keep_last=len(steps)))
     for step, params in steps.items():
@@ -161,6 +164,17 @@ def test_mean(values):
 def test_mean_of_equals(values, count):
   found = soup.mean({"a": values.copy()} for _ in range(count))
   np.testing.assert_array_equal(found["a"], values)
+
+
+@given(_STACKED, st.data())
+def test_weighted_mean(values, data):
+  """Against numpy in float64; shares of any scale."""
+  share = st.floats(0.01, 100)
+  shares = data.draw(st.lists(share, min_size=len(values), max_size=len(values)))
+  found = soup.mean(({"a": row.copy()} for row in values), shares)["a"]
+  exact = np.average(values.astype(np.float64), axis=0, weights=shares)
+  bound = (2 * len(values) + 5) * 2.0**-23 * np.max(np.abs(values), axis=0) + 1e-44
+  assert (np.abs(found - exact) <= bound).all()
 
 
 def test_one_tree_beside_the_mean_is_in_memory():
@@ -237,19 +251,19 @@ def test_checkpoints_of_several_runs(write_run):
     (paths[1], first, 1),
     (paths[2], second, 5),
   ]
-  model = soup.uniform(ingredients)
+  model = soup.average(ingredients)
   within_rounding(model.params, [one[2], one[1], two[5]])
   assert model.description.config == _EMBEDDER
   assert model.description.lengths == {"query": 16, "positive": 32, "negatives": 64}
-  assert soup.uniform(ingredients[::-1]).description.config == config
+  assert soup.average(ingredients[::-1]).description.config == config
 
 
 def test_pretrained_stacks(write_run, tmp_path):
   steps = {step: drawn(_BACKBONE, step) for step in (1, 2, 3, 4, 5)}
   run = write_run("run", _BACKBONE, steps)
   ingredients = soup.choose([str(run)], last=5)
-  model, output = soup.uniform(ingredients), tmp_path / "soup"
-  soup.write(model, ingredients, output)
+  model, output = soup.average(ingredients), tmp_path / "soup"
+  soup.write(model, [each.to_json() for each in ingredients], output)
   assert checkpoints.read_description(output).config == _BACKBONE
   within_rounding(weights.read(output, 0, _BACKBONE), list(steps.values()))
 
@@ -342,7 +356,7 @@ def test_differences_are_counted_beyond_some(write_run):
     for name, config in (("whole", _BACKBONE), ("half", encoder))
   ]
   with pytest.raises(CheckpointError, match=r"half: .*\n  … and \d+ more\n"):
-    soup.uniform(soup.choose([str(run) for run in runs]))
+    soup.average(soup.choose([str(run) for run in runs]))
 
 
 def test_what_is_refused(write_run, command, tmp_path):
@@ -383,3 +397,130 @@ def test_errors_have_their_types(write_run):
   ):
     with pytest.raises(error):
       soup.choose(paths, last)
+
+
+def test_weights(write_run, command, tmp_path):
+  trees = [drawn(_EMBEDDER, seed) for seed in (1, 2, 3)]
+  runs = [write_run(f"run{n}", _EMBEDDER, {1: tree}) for n, tree in enumerate(trees)]
+  output = tmp_path / "soup"
+  code, printed, error = command(
+    "soup", f"--output={output}", "--weights=1,2,0.5", *runs
+  )
+  assert code == 0, error
+  assert f"2 of {runs[1]}, step 1" in printed
+  found = conversion.open_embedder(output)
+
+  def check(found: np.ndarray, *values: np.ndarray) -> None:
+    exact = np.average(np.array(values, np.float64), axis=0, weights=[1, 2, 0.5])
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-12)
+
+  jax.tree.map(check, found.params, *trees)
+  listed = json.loads((output / "ingredients.json").read_text())
+  assert [each["weight"] for each in listed] == [1, 2, 0.5]
+  for wrong in ("1,2", "1,2,x", "1,2,0", "1,2,-1", "1,2,inf"):
+    code, _, error = command(
+      "soup", f"--output={tmp_path}/other", f"--weights={wrong}", *runs
+    )
+    assert code == 1
+    assert f"--weights={wrong}: write a number above 0 for each of the 3" in error
+
+
+def test_greedy_keeps_what_makes_it_no_worse(write_run):
+  """Scores by distance from a target that two of four ingredients surround."""
+  target = drawn(_EMBEDDER, 0)
+  moves = {"near": 0.10, "other": -0.11, "far": 0.5, "twin": 0.12}
+
+  def moved(move: float) -> Any:
+    return jax.tree.map(lambda x: x * np.float32(1 + move), target)
+
+  runs = [
+    str(write_run(name, _EMBEDDER, {1: moved(move)})) for name, move in moves.items()
+  ]
+
+  def evaluate(model: Any) -> float:
+    gaps = jax.tree.map(lambda x, y: float(np.abs(x - y).mean()), model.params, target)
+    return -sum(jax.tree.leaves(gaps))
+
+  model, trials = soup.greedy(soup.choose(runs), evaluate)
+  names = [pathlib.Path(trial.ingredient.path).name for trial in trials]
+  assert names == ["near", "other", "twin", "far"]
+  assert [trial.kept for trial in trials] == [True, True, False, False]
+  assert trials[1].together > trials[0].together
+  within_rounding(model.params, [moved(0.10), moved(-0.11)], scale=2)
+
+
+def test_greedy_by_held_out_pairs(write_run, command, tmp_path):
+  """From the command: scores are those of `embgemma eval`, best first."""
+  trees = [drawn(_EMBEDDER, seed) for seed in (1, 2, 3)]
+  runs = [write_run(f"run{n}", _EMBEDDER, {1: tree}) for n, tree in enumerate(trees)]
+  pairs = tmp_path / "pairs.jsonl"
+  words = "some text to train a vocabulary on and then more of it"
+  pairs.write_text(
+    "".join(
+      json.dumps({"query": word, "positive": f"{word} {other}"}) + "\n"
+      for word, other in itertools.pairwise(words.split())
+    )
+  )
+  output, scores = tmp_path / "soup", tmp_path / "scores.json"
+  code, printed, error = command(
+    "soup", f"--output={output}", "--greedy", f"--data=own={pairs}", *runs
+  )
+  assert code == 0, error
+  listed = json.loads((output / "ingredients.json").read_text())
+  alone = [each["alone"] for each in listed]
+  assert alone == sorted(alone, reverse=True)
+  assert listed[0]["kept"]
+  assert printed.count(" alone, ") == 3
+  for path, expected in (
+    (listed[0]["path"], alone[0]),
+    (output, max(each["together"] for each in listed if each["kept"])),
+  ):
+    code, _, error = command(
+      "eval", f"--checkpoint={path}", f"--data=own={pairs}", f"--output={scores}"
+    )
+    assert code == 0, error
+    (column,) = json.loads(scores.read_text()).values()
+    assert column["own"]["ndcg@10/6"] == pytest.approx(expected, abs=1e-9)
+  for flags in (("--greedy",), (f"--data=own={pairs}",)):
+    code, _, error = command("soup", f"--output={tmp_path}/other", *flags, *runs)
+    assert code == 1
+    assert "--greedy and --data=NAME=PATH[:KIND] go together" in error
+
+
+def test_lineage(write_run, command, tmp_path):
+  """Of one kept; others refused, unless they are asked for; unknown ones noted."""
+  one, two, other, unknown = (
+    write_run(name, _EMBEDDER, {1: drawn(_EMBEDDER, n)}, lineage=lineage)
+    for n, (name, lineage) in enumerate(
+      (("run1", "a"), ("run2", "a"), ("other", "b"), ("unknown", ""))
+    )
+  )
+  soup.write(soup.average(soup.choose([str(one), str(two)])), [], tmp_path / "same")
+  assert checkpoints.read_description(tmp_path / "same").lineage == "a"
+  code, _, error = command("soup", f"--output={tmp_path}/mixed", one, other)
+  assert code == 1
+  assert f"{one}: a\n  {other}: b" in error
+  assert "--allow_different_init" in error
+  code, _, notes = command(
+    "soup", f"--output={tmp_path}/mixed", "--allow_different_init", one, other
+  )
+  assert code == 0, notes
+  assert checkpoints.read_description(tmp_path / "mixed").lineage not in ("a", "b", "")
+  code, _, notes = command("soup", f"--output={tmp_path}/noted", one, unknown)
+  assert code == 0, notes
+  assert f"note: {unknown}: what it was trained from is not known" in notes
+
+
+def test_weights_of_bfloat16_are_noted(write_run, command, tmp_path):
+  fine = drawn(_EMBEDDER, 1)
+  coarse = jax.tree.map(
+    lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), drawn(_EMBEDDER, 2)
+  )
+  runs = [
+    write_run(name, _EMBEDDER, {1: tree})
+    for name, tree in (("fine", fine), ("coarse", coarse))
+  ]
+  code, _, notes = command("soup", f"--output={tmp_path}/soup", *runs)
+  assert code == 0, notes
+  assert f"note: {runs[1]}, step 1: weights of bfloat16" in notes
+  assert str(runs[0]) not in notes

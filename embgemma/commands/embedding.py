@@ -60,7 +60,7 @@ def run_embed(options: argparse.Namespace) -> None:
       say(f"  {line}")
 
 
-def _evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
+def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
   """NAME=PATH[:KIND] as entries of `evaluation.suite.evaluators`."""
   entries = {}
   for item in data:
@@ -94,7 +94,7 @@ def run_eval(options: argparse.Namespace) -> None:
       widths = tuple(int(width) for width in options.widths.split(","))
     except ValueError as error:
       raise ConfigError(f"--widths={options.widths}: write 768,128") from error
-  evaluators = suite.evaluators(_evaluation_entries(options.data), widths)
+  evaluators = suite.evaluators(evaluation_entries(options.data), widths)
   for evaluator in evaluators:
     evaluator.check()
   columns = {embedder.name: {e.name: e.evaluate(embedder.encode) for e in evaluators}}

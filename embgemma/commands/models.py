@@ -2,12 +2,14 @@
 
 import argparse
 import functools
+import math
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
-from embgemma import flags, outputs
+from embgemma import flags, outputs, process
+from embgemma.commands.embedding import evaluation_entries
 from embgemma.commands.messages import say, say_notes
 from embgemma.errors import ConfigError
 
@@ -29,15 +31,68 @@ def run_soup(options: argparse.Namespace) -> None:
   """Writes the mean of checkpoints."""
   from embgemma import soup
 
+  if options.greedy != bool(options.data):
+    raise ConfigError("--greedy and --data=NAME=PATH[:KIND] go together")
+  if options.greedy and options.weights:
+    raise ConfigError("--weights with --greedy: a greedy soup chooses by itself")
   output = pathlib.Path(options.output)
   for path in options.checkpoints:
     outputs.check_directory(output, options.overwrite, path)
   ingredients = soup.choose(options.checkpoints, options.last)
-  model = soup.uniform(ingredients)
+  different = options.allow_different_init
+  if options.greedy:
+    model, trials = soup.greedy(ingredients, _held_out_score(options.data), different)
+    lines = [str(trial) for trial in trials]
+    listed = [trial.to_json() for trial in trials]
+  else:
+    shares = _soup_weights(options.weights, len(ingredients))
+    model = soup.average(ingredients, shares, different)
+    lines = [str(ingredient) for ingredient in ingredients]
+    listed = [ingredient.to_json() for ingredient in ingredients]
+    if shares:
+      lines = [f"{s:g} of {line}" for s, line in zip(shares, lines, strict=True)]
+      listed = [{**i, "weight": s} for i, s in zip(listed, shares, strict=True)]
   with outputs.new_directory(output) as directory:
-    soup.write(model, ingredients, directory)
-  print("the mean of", *ingredients, sep="\n  ")
+    soup.write(model, listed, directory)
+  print("the mean of", *lines, sep="\n  ")
   _say_converted(model, model.notes, output)
+
+
+def _soup_weights(given: str | None, count: int) -> list[float] | None:
+  if given is None:
+    return None
+  try:
+    weights = [float(weight) for weight in given.split(",")]
+  except ValueError:
+    weights = []
+  if len(weights) != count or not all(0 < weight < math.inf for weight in weights):
+    raise ConfigError(
+      f"--weights={given}: write a number above 0 for each of the {count} checkpoints, "
+      "separated by commas"
+    )
+  return weights
+
+
+def _held_out_score(data: Sequence[str]) -> Callable[[Any], float]:
+  """The mean over evaluation sets of a model's main metrics, 0 to 1."""
+  from embgemma.evaluation import suite
+  from embgemma.inference.embedder import TextEncoder
+
+  process.keep_compilations()
+  entries = evaluation_entries(data)
+  for evaluator in suite.evaluators(entries, (1,)):
+    evaluator.check()
+  encoders: list[TextEncoder] = []  # one for all: they are of one model
+
+  def score(model: Any) -> float:
+    config, length = model.description.embedder, model.description.max_length
+    if not encoders:
+      encoders.append(TextEncoder(config, model.vocabulary, length))
+    encode = functools.partial(encoders[0].encode, model.params)
+    evaluators = suite.evaluators(entries, (config.embedding_width,))
+    return suite.mean_score({each.name: each.evaluate(encode) for each in evaluators})
+
+  return score
 
 
 def run_extract(options: argparse.Namespace) -> None:

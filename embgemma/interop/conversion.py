@@ -1,14 +1,19 @@
 """Checkpoint directories and foreign formats, to and from a `Model`."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+
+import numpy as np
+from flax import traverse_util
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
 from embgemma.errors import CheckpointError
 from embgemma.interop import gemma, sentence_transformers, t5gemma2, weights
+from embgemma.interop.layout import NumpyTree
 from embgemma.interop.model import Model
 from embgemma.models import lora
 from embgemma.models.config import EmbedderConfig
@@ -85,14 +90,28 @@ def _read_checkpoint(
 def write_checkpoint(model: Model, directory: pathlib.Path) -> None:
   """Writes a model as a checkpoint directory at step 0.
 
+  One without a lineage is the first of its own.
+
   Raises:
     OSError: the directory cannot be written.
   """
+  description = model.description
+  if not description.lineage:
+    description = dataclasses.replace(description, lineage=_digest(model.params))
   try:
-    checkpoints.write_description(directory, model.description, model.vocabulary, "")
+    checkpoints.write_description(directory, description, model.vocabulary, "")
     checkpoints.write_weights(directory, model.params)
   except CheckpointError as error:
     # Its message is about a run, which keeps what it has and resumes.
     if isinstance(error.__cause__, OSError):
       raise error.__cause__ from None
     raise
+
+
+def _digest(params: NumpyTree) -> str:
+  """16 hexadecimal digits that identify parameters."""
+  found = hashlib.blake2b(digest_size=8)
+  for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+    found.update(f"{path} {leaf.shape} ".encode())
+    found.update(np.ascontiguousarray(leaf).data)
+  return found.hexdigest()

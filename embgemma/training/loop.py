@@ -341,13 +341,14 @@ def train(
   evaluation = stage.evaluation(
     evaluations or {}, vocabulary, mesh, eval_max_length, eval_tokens_per_batch
   )
-  points, report = warm_start.find_start(
+  begun = warm_start.find_start(
     directory,
     initial_checkpoint_path,
     initial_decoder_checkpoint_path,
     model,
     vocabulary,
   )
+  points, report = begun
   if report is not None:
     optimizer = warm_start.training_alone(optimizer, report)
   optimizer.check_steps(train_steps)
@@ -397,6 +398,8 @@ def train(
     if distributed.is_first():
       run.forget_results(start)
       if not start:
+        lineage = warm_start.lineage(begun, stage.config, seed)
+        description = dataclasses.replace(description, lineage=lineage)
         checkpoints.write_description(directory, description, vocabulary, operative_gin)
         warm_start.keep_report(directory, report)
     distributed.wait_for_all("description")

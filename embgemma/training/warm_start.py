@@ -18,10 +18,11 @@ from flax import traverse_util
 
 from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore
+from embgemma.data.fingerprints import digest
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import CheckpointError, ConfigError
 from embgemma.models import adaptation, lora
-from embgemma.models.adaptation import Adapted, Origin, Source
+from embgemma.models.adaptation import RANDOM, Adapted, Origin, Source
 from embgemma.models.config import BackboneConfig, EmbedderConfig
 from embgemma.training.optimizers import OptimizerConfig, join
 from embgemma.training.train_state import TrainState
@@ -37,12 +38,14 @@ class StartingPoint:
     directory: Its MODEL_DIR.
     step: Of its run.
     config: Of its model.
+    lineage: Of its parameters.
   """
 
   path: str
   directory: pathlib.Path
   step: int
   config: EmbedderConfig | BackboneConfig
+  lineage: str
 
   def restore(self, abstract: PyTree) -> PyTree:
     """The parameters that it ships, placed like the abstract ones.
@@ -90,6 +93,33 @@ def find_start(
   return Start(points, adaptation.report(adapted))
 
 
+def lineage(start: Start, config: EmbedderConfig | BackboneConfig, seed: int) -> str:
+  """`checkpoints.Description.lineage` of a new run.
+
+  That of the embedder it goes on with; else it follows from what stacks were adapted,
+  and from the seed where parameters are random.
+
+  Args:
+    start: What the run starts from.
+    config: Of its model.
+    seed: Of the run.
+  """
+  theirs = [point.lineage for point in start.points]
+  if not all(theirs):
+    return ""
+  if theirs and start.report is None:
+    return theirs[0]
+  shapes = traverse_util.flatten_dict(adaptation.abstract_params(config), sep="/")
+  drawn = start.report is None or RANDOM in start.report["sources"].values()
+  return digest(
+    [
+      theirs,
+      seed if drawn else None,
+      sorted((path, list(leaf.shape)) for path, leaf in shapes.items()),
+    ]
+  )
+
+
 def open_starting_points(
   path: str | None,
   decoder_path: str | None,
@@ -127,7 +157,7 @@ def open_starting_points(
 
 def _starting_point(path: str, vocabulary: SentencePieceVocabulary) -> StartingPoint:
   directory, step = checkpoints.locate(path)
-  config = checkpoints.read_description(directory).config
+  description = checkpoints.read_description(directory)
   theirs = checkpoints.read_vocabulary(directory)
   if theirs.serialized != vocabulary.serialized:
     raise CheckpointError(
@@ -135,7 +165,7 @@ def _starting_point(path: str, vocabulary: SentencePieceVocabulary) -> StartingP
       f"other rows of its table; set VOCABULARY = '{directory}/tokenizer.model'"
     )
   step = CheckpointStore(directory).resolve_step(step)
-  return StartingPoint(path, directory, step, config)
+  return StartingPoint(path, directory, step, description.config, description.lineage)
 
 
 def _check_adapters(

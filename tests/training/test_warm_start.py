@@ -30,10 +30,12 @@ from embgemma.training.partitioning import Partitioner, manual_specs, place_batc
 from embgemma.training.train_state import TrainState, abstract_state
 from embgemma.training.train_step import TrainStep
 from embgemma.training.warm_start import (
+  Start,
   StartingPoint,
   find_start,
   is_adapted,
   keep_report,
+  lineage,
   open_starting_points,
   state_from_checkpoints,
   training_alone,
@@ -94,7 +96,7 @@ def random_params(config: Any, seed: int) -> Any:
 
 def write(folder: Any, config: Any, params: Any, vocabulary: Any) -> str:
   """An imported checkpoint."""
-  description = Description(config, {"targets": 8}, {})
+  description = Description(config, {"targets": 8}, {}, "an import")
   checkpoints.write_description(folder, description, vocabulary, "")
   checkpoints.write_weights(folder, params)
   return str(folder)
@@ -104,7 +106,7 @@ def write(folder: Any, config: Any, params: Any, vocabulary: Any) -> str:
 def decoder(tmp_path_factory, vocabulary):
   """A decoder-only run's path, and the averaged parameters that it ships."""
   folder = tmp_path_factory.mktemp("decoder")
-  description = Description(DECODER, {"targets": 8}, {})
+  description = Description(DECODER, {"targets": 8}, {}, "a decoder")
   checkpoints.write_description(folder, description, vocabulary, "")
   store = CheckpointStore(folder, CheckpointPolicy())
   shipped = random_params(DECODER, 1)
@@ -378,10 +380,36 @@ def test_a_step_may_be_named(decoder, vocabulary):
 
 def test_only_an_embedder_of_an_embedder_is_not_adapted(tmp_path):
   def adapted(source: Any, target: Any) -> bool:
-    return is_adapted((StartingPoint("a", tmp_path, 0, source),), target)
+    return is_adapted((StartingPoint("a", tmp_path, 0, source, "one"),), target)
 
   assert not adapted(EMBEDDER, EMBEDDER)
   assert adapted(DECODER, EMBEDDER)
   assert adapted(EMBEDDER, DECODER)
   assert adapted(DECODER, DECODER)
   assert not is_adapted((), DECODER)
+
+
+def test_lineage_of_random_parameters_is_their_seed():
+  nothing = Start((), None)
+  one = lineage(nothing, MERGED, 1)
+  computed = dataclasses.replace(
+    MERGED, encoder=dataclasses.replace(STACK, remat="full")
+  )
+  assert lineage(nothing, computed, 1) == one
+  assert len({one, lineage(nothing, MERGED, 2), lineage(nothing, SEPARATE, 1)}) == 3
+
+
+def test_lineage_of_an_embedder_is_kept(tmp_path):
+  start = Start((StartingPoint("a", tmp_path, 3, EMBEDDER, "first"),), None)
+  assert lineage(start, EMBEDDER, 1) == lineage(start, EMBEDDER, 2) == "first"
+  unknown = Start((dataclasses.replace(start.points[0], lineage=""),), None)
+  assert lineage(unknown, EMBEDDER, 1) == ""
+
+
+def test_lineage_of_adapted_stacks(decoder, encoder, vocabulary, tmp_path):
+  """The seed counts where something is random."""
+  balanced = find_start(tmp_path, decoder[0], None, SEPARATE, vocabulary)
+  kept = lineage(balanced, SEPARATE, 1)
+  assert kept == lineage(balanced, SEPARATE, 2)
+  drawn = find_start(tmp_path, encoder[0], decoder[0], UNBALANCED, vocabulary)
+  assert len({kept, *(lineage(drawn, UNBALANCED, seed) for seed in (1, 2))}) == 3
