@@ -1,7 +1,7 @@
 """Pairs, flags of a tiny run, and commands in processes of their own.
 
 In this process the checks of jaxtyping and eight devices are on; the commands run as
-users run them.
+users run them, but for programs that are compiled in less time.
 """
 
 import dataclasses
@@ -11,10 +11,32 @@ import pathlib
 import random
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 
 import pytest
 
-REPOSITORY = pathlib.Path(__file__).parents[2]
+# Forks a process for each command line that it reads: imports are paid for once.
+_SERVER = textwrap.dedent(
+  """
+  import gc, json, logging, os, sys
+  import embgemma.cli, embgemma.data.cache_builder, embgemma.evaluation.suite
+  import embgemma.gin_config, embgemma.mining.mine, embgemma.training.stages
+  embgemma.gin_config.register()  # imports what stages are made of
+  logging.getLogger().handlers.clear()  # some import made one
+  gc.freeze()  # what is imported is no garbage: neither looked through nor copied
+  for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if not child:
+      for number, path in ((1, request["stdout"]), (2, request["stderr"])):
+        os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+      embgemma.cli.main(request["arguments"])
+      sys.exit()
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+  """
+)
 
 _STEMS = (
   "river stone cloud engine table music garden window paper silver copper animal "
@@ -50,10 +72,12 @@ class Workspace:
   Attributes:
     root: Holds plain.jsonl and hard.jsonl (with negatives), and the cache.
     environment: One device; compiled programs are kept between processes.
+    server: Runs commands, see `_SERVER`.
   """
 
   root: pathlib.Path
   environment: dict[str, str]
+  server: subprocess.Popen[str]
 
   def flags(
     self, *more: str, stage: str = "prefinetune", steps: int = 30
@@ -82,14 +106,14 @@ class Workspace:
     )
 
   def run(self, command: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """The finished command, whatever its exit status."""
-    return subprocess.run(
-      [sys.executable, "-m", "embgemma", command, *flags],
-      env=self.environment,
-      cwd=self.root,
-      capture_output=True,
-      text=True,
-    )
+    """The finished command, whatever its exit status, in a process of its own."""
+    arguments = [command, *flags]
+    paths = {name: self.root / name for name in ("stdout", "stderr")}
+    request = {"arguments": arguments} | {n: str(path) for n, path in paths.items()}
+    print(json.dumps(request), file=self.server.stdin, flush=True)
+    code = int(self.server.stdout.readline())
+    texts = {name: path.read_text() for name, path in paths.items()}
+    return subprocess.CompletedProcess(arguments, code, **texts)
 
   def train(
     self, model_dir: pathlib.Path, *more: str, **options
@@ -100,19 +124,29 @@ class Workspace:
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory) -> Workspace:
+def workspace(tmp_path_factory) -> Iterator[Workspace]:
   root = tmp_path_factory.mktemp("workspace")
   write_pairs(root / "plain.jsonl", 160, negatives=0, seed=1)
   write_pairs(root / "hard.jsonl", 140, negatives=1, seed=2)
-  kept = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-  environment = kept | {
+  flags = os.environ["XLA_FLAGS"].split()
+  environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f),
     "EMBGEMMA_CACHE": str(root / "cache"),
     "JAX_COMPILATION_CACHE_DIR": str(root / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
   }
-  return Workspace(root, environment)
+  with subprocess.Popen(
+    [sys.executable, "-c", _SERVER],
+    env=environment,
+    cwd=root,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as server:
+    yield Workspace(root, environment, server)
+    server.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,72 +6,17 @@ What was there before stays as it was.
 import contextlib
 import dataclasses
 import gzip
-import json
 import pathlib
 import shutil
 import subprocess
-import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-# Forks a process for each command line that it reads: imports are paid once.
-_SERVER = textwrap.dedent(
-  """
-  import json, logging, os, sys, traceback
-  import embgemma.cli, embgemma.gin_config, embgemma.training.loop
-  import embgemma.inference.embedder, embgemma.data.seqio_registry
-  logging.getLogger().handlers.clear()  # some import made one
-  for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if not child:
-      os.chdir(request["cwd"])
-      for number, path in ((1, request["stdout"]), (2, request["stderr"])):
-        os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
-      try:
-        embgemma.cli.main(request["arguments"])
-        code = 0
-      except SystemExit as stop:
-        code = stop.code or 0
-      except BaseException:
-        traceback.print_exc()
-        code = 1
-      sys.stdout.flush()
-      sys.stderr.flush()
-      os._exit(code)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-  """
-)
-
-Run = Callable[..., subprocess.CompletedProcess]
-
 
 @pytest.fixture(scope="module")
-def run(workspace, tmp_path_factory) -> Iterator[Run]:
-  """Runs a command of embgemma in a process of its own."""
-  directory = tmp_path_factory.mktemp("output")
-  paths = {name: directory / name for name in ("stdout", "stderr")}
-  with subprocess.Popen(
-    [sys.executable, "-c", _SERVER],
-    env=workspace.environment,
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  ) as server:
-
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-      request = {"arguments": arguments, "cwd": str(workspace.root)}
-      request |= {name: str(path) for name, path in paths.items()}
-      print(json.dumps(request), file=server.stdin, flush=True)
-      code = int(server.stdout.readline())
-      texts = {name: path.read_text() for name, path in paths.items()}
-      return subprocess.CompletedProcess(arguments, code, **texts)
-
-    yield command
-    server.stdin.close()
+def run(workspace) -> Callable[..., subprocess.CompletedProcess]:
+  return workspace.run
 
 
 def check_message(

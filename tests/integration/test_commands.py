@@ -254,10 +254,13 @@ def test_a_skipping_run_counts_and_lists(workspace, tmp_path):
   assert "pairs.jsonl:162: malformed JSON" in done.stderr
 
 
-def test_module_and_script_are_the_same(workspace):
-  done = subprocess.run(
-    [sys.executable, "-c", "from embgemma.cli import main; main(['--version'])"],
-    capture_output=True,
-    text=True,
+def test_module_and_script_are_the_same():
+  module, script = (
+    subprocess.run([sys.executable, *start], capture_output=True, text=True)
+    for start in (
+      ("-m", "embgemma", "--version"),
+      ("-c", "from embgemma.cli import main; main(['--version'])"),
+    )
   )
-  assert done.stdout == workspace.run("--version").stdout
+  assert module.returncode == script.returncode == 0
+  assert module.stdout == script.stdout

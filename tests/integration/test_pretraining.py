@@ -239,9 +239,9 @@ def test_a_narrower_decoder_learns_to_read_first(
     "--gin.CHECKPOINT_STEPS=2",
     "--gin.Partitioner.fsdp=2",
   )
-  environment = workspace.environment | {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4"
-  }
+  own = workspace.environment
+  split = "--xla_force_host_platform_device_count=4"
+  environment = own | {"XLA_FLAGS": f"{own['XLA_FLAGS']} {split}"}
   training = kill_resume.Training(flags, environment)
   training.finish(model_dir)
   report = json.loads((model_dir / "adaptation.json").read_text())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,21 +94,27 @@ def alone(launch, workspace):
   return losses(model_dir)
 
 
-def test_processes_that_evaluate(launch, workspace, alone):
+@pytest.fixture(scope="module")
+def evaluated(launch, workspace):
+  """MODEL_DIR of two processes that evaluate. Do not change."""
   plain = workspace.root / "plain.jsonl"
   model_dir = workspace.root / "processes" / "two"
   launch.finish(model_dir, 2, f"--gin.EVALUATIONS={{'plain': '{plain}'}}")
-  found = losses(model_dir)
+  return model_dir
+
+
+def test_processes_that_evaluate(evaluated, alone):
+  found = losses(evaluated)
   assert sorted(found) == [1, 2, 3]
   assert found == pytest.approx({s: alone[s] for s in found}, rel=1e-5)
 
 
-def test_another_number_of_processes_goes_on(launch, workspace, alone):
+def test_another_number_of_processes_goes_on(launch, evaluated, alone, tmp_path):
   """Two, four, then one: each with the losses of one from the start."""
-  model_dir = workspace.root / "processes" / "changing"
-  for part, count in enumerate((2, 4, 1), start=1):
-    more = ("--gin.Partitioner.fsdp=2",) if count == 4 else ()
-    launch.finish(model_dir, count, *more, steps=part * STEPS)
+  not_evaluated = shutil.ignore_patterns("evaluations.json")
+  model_dir = shutil.copytree(evaluated, tmp_path / "changing", ignore=not_evaluated)
+  launch.finish(model_dir, 4, "--gin.Partitioner.fsdp=2", steps=2 * STEPS)
+  launch.finish(model_dir, 1, steps=3 * STEPS)
   assert losses(model_dir) == pytest.approx(alone, rel=1e-5)
 
 
@@ -133,7 +140,7 @@ def test_a_lost_process_ends_the_others(launch, workspace):
         process.kill()
       process.communicate()
   done = max(int(p.name) for p in (model_dir / "checkpoints").iterdir())
-  launch.finish(model_dir, 2, steps=done + 1)
+  launch.finish(model_dir, 1, steps=done + 1)
   assert done + 1 in losses(model_dir)
 
 

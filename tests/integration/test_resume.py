@@ -12,10 +12,13 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+STEPS = 60
+
+
 @pytest.fixture(scope="module")
 def training(workspace):
-  """A hundred steps, averaged parameters among what is compared."""
-  flags = workspace.flags("--gin.EMA_DECAY=0.9", steps=100)
+  """Averaged parameters are among what is compared."""
+  flags = workspace.flags("--gin.EMA_DECAY=0.9", steps=STEPS)
   return kill_resume.Training(flags, workspace.environment)
 
 
@@ -52,33 +55,6 @@ def test_two_uninterrupted_runs_agree(whole, workspace):
   assert kill_resume.differences(first, whole[0]) == []
 
 
-@pytest.mark.parametrize(
-  ("signum", "code", "readers"),
-  [
-    (signal.SIGTERM, 143, "--gin.train.reader_threads=1"),
-    (signal.SIGINT, 130, "--gin.train.reader_workers=2"),
-  ],
-)
-def test_a_signal_saves_and_stops(
-  signum, code, readers, training, whole, workspace, tmp_path
-):
-  model_dir = tmp_path / "run"
-  process = training.start(model_dir)
-  while not kill_resume.saved_steps(model_dir) and process.poll() is None:
-    time.sleep(0.01)
-  process.send_signal(signum)
-  log = model_dir.with_suffix(".log")
-  assert process.wait(60) == code, log.read_text()
-  stopped = kill_resume.saved_steps(model_dir)[-1]
-  assert f"stopped by {signum.name} at step {stopped}" in log.read_text()
-  assert "Traceback" not in log.read_text()
-  assert 10 <= stopped < 100
-  training.finish(model_dir, readers)
-  assert f"resuming from step {stopped}" in log.read_text()
-  found = kill_resume.final_state(model_dir)
-  assert kill_resume.differences(found, whole[0]) == []
-
-
 def children(pid: int) -> list[int]:
   found = []
   for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
@@ -87,26 +63,60 @@ def children(pid: int) -> list[int]:
   return found
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_reading_processes_end_with_the_run(signum, training, tmp_path):
-  """Signals reach all processes, as Ctrl-C in a terminal does; a kill only one."""
-  model_dir = tmp_path / "run"
+def running_with_readers(training, model_dir):
+  """A process that has saved a step, and the processes that read for it."""
   process = training.start(model_dir, "--gin.train.reader_workers=2")
   while not kill_resume.saved_steps(model_dir) and process.poll() is None:
     time.sleep(0.01)
   started = children(process.pid)
   assert len(started) >= 2
-  for pid in [process.pid] if signum == signal.SIGKILL else [*started, process.pid]:
-    os.kill(pid, signum)
-  process.wait(60)
-  log = model_dir.with_suffix(".log").read_text()
-  assert "Traceback" not in log
-  assert ("stopped by" in log) == (signum != signal.SIGKILL)
+  return process, started
+
+
+def assert_ended(pids: list[int]) -> None:
+  """In ten seconds at most."""
   for _ in range(100):
-    if not any(pathlib.Path(f"/proc/{pid}").exists() for pid in started):
+    if not any(pathlib.Path(f"/proc/{pid}").exists() for pid in pids):
       return
     time.sleep(0.1)
-  pytest.fail(f"{started} outlive the run")
+  pytest.fail(f"{pids} outlive the run")
+
+
+@pytest.mark.parametrize(
+  ("signum", "code", "readers"),
+  [
+    (signal.SIGTERM, 143, "--gin.train.reader_threads=1"),
+    (signal.SIGINT, 130, "--gin.train.reader_workers=2"),
+  ],
+)
+def test_a_signal_saves_and_stops(signum, code, readers, training, whole, tmp_path):
+  """It reaches all processes, as Ctrl-C in a terminal does; all of them end."""
+  model_dir = tmp_path / "run"
+  process, started = running_with_readers(training, model_dir)
+  for pid in (*started, process.pid):
+    os.kill(pid, signum)
+  log = model_dir.with_suffix(".log")
+  assert process.wait(60) == code, log.read_text()
+  assert_ended(started)
+  stopped = kill_resume.saved_steps(model_dir)[-1]
+  assert f"stopped by {signum.name} at step {stopped}" in log.read_text()
+  assert "Traceback" not in log.read_text()
+  assert 10 <= stopped < STEPS
+  training.finish(model_dir, readers)
+  assert f"resuming from step {stopped}" in log.read_text()
+  found = kill_resume.final_state(model_dir)
+  assert kill_resume.differences(found, whole[0]) == []
+
+
+def test_reading_processes_end_with_a_killed_run(training, tmp_path):
+  model_dir = tmp_path / "run"
+  process, started = running_with_readers(training, model_dir)
+  process.kill()
+  process.wait(60)
+  assert_ended(started)
+  log = model_dir.with_suffix(".log").read_text()
+  assert "Traceback" not in log
+  assert "stopped by" not in log
 
 
 def importing(process, log: pathlib.Path) -> bool:
