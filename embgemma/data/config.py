@@ -75,7 +75,7 @@ class CachedData(abc.ABC):
   cache_dir: str | None = None
   on_bad_record: str = "fail"
   cleaning: Sequence[Cleaner] = ()
-  rates: str | float | Mapping[str, float] = "explicit"
+  rates: str | float | Mapping[str, int | float] = "explicit"
 
   content: ClassVar[str]  # of its tasks' sources
   _macro: ClassVar[str]  # that declares tasks

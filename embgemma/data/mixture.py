@@ -13,7 +13,7 @@ from embgemma.typing import Int
 _BLOCK = 4096  # steps drawn from one counter of the generator
 RATES = ("explicit", "even", "proportional")
 
-Rates = str | int | float | Mapping[str, float]
+Rates = str | int | float | Mapping[str, int | float]
 """One of `RATES`, a temperature, or rates by task."""
 
 
@@ -60,7 +60,7 @@ def mixture_rates(tasks: Sequence[Rated], how: Rates = "explicit") -> tuple[floa
 
 
 def _named_rates(
-  tasks: Sequence[Rated], rates: Mapping[str, float]
+  tasks: Sequence[Rated], rates: Mapping[str, int | float]
 ) -> tuple[float, ...]:
   names = [task.name for task in tasks]
   if set(names) != set(rates):
