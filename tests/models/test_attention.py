@@ -29,7 +29,7 @@ _CONFIG = TransformerConfig(
   head_dim=6,
   attention_pattern=("local", "global"),
 )
-_LENGTHS = (256, 257, 258, 512, 513, 600)
+_LENGTHS = (256, 257, 258, 600)  # of blocks whole, and not
 # Mask kind and window; left differs from right.
 _BANDS = (
   ("bidirectional", (16, 16)),
