@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-_SECONDS_TO_END = 10  # of a child that is told to
+_SECONDS_TO_END = 60  # of a child that is told to: a run saves before
 
 # Of a Python that becomes a command: on Linux the kernel ends it with its parent.
 _ENDING_WITH_PARENT = """
@@ -22,17 +22,22 @@ if os.getppid() == int(sys.argv[1]):
 
 @contextlib.contextmanager
 def child_process(
-  command: Sequence[str], log: IO[bytes]
+  command: Sequence[str], log: IO[bytes], descriptors: Sequence[int] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
   """A running command that ends with the block and, on Linux, with this process.
 
   Args:
     command: Its first is the path of a program.
     log: Takes what it prints.
+    descriptors: Of files that it shall have open, too.
   """
   starter = [sys.executable, "-c", _ENDING_WITH_PARENT, str(os.getpid())]
   started = subprocess.Popen(
-    [*starter, *command], stdout=log, stderr=subprocess.STDOUT, process_group=0
+    [*starter, *command],
+    stdout=log,
+    stderr=subprocess.STDOUT,
+    process_group=0,
+    pass_fds=descriptors,
   )
   try:
     yield started

@@ -5,27 +5,37 @@ import sys
 from collections.abc import Sequence
 
 from embgemma import flags, process
-from embgemma.commands import data, embedding, models, search, training
+from embgemma.commands import (
+  data,
+  embedding,
+  models,
+  recipe,
+  report,
+  search,
+  training,
+)
 from embgemma.errors import ConfigError, EmbgemmaError
 
-_OF_STAGES = {
+_CONFIGURED = {
+  "eval": embedding.run_eval,
   "cache": data.run_cache,
   "teach": data.run_teach,
   "mine": data.run_mine,
+  "recipe": recipe.run_recipe,
   "explain": training.run_explain,
   "precompile": training.run_precompile,
 }
 _OF_MODELS = {
   "embed": embedding.run_embed,
-  "eval": embedding.run_eval,
   "import": models.run_import,
   "export": models.run_export,
   "soup": models.run_soup,
   "extract": models.run_extract,
+  "report": report.run_report,
 }
 # What is unfinished when they are terminated is removed on the way.
 _CLEARED = frozenset(
-  {"cache", "teach", "mine", "search", "import", "export", "soup", "extract"}
+  {"cache", "teach", "mine", "search", "recipe", "import", "export", "soup", "extract"}
 )
 
 
@@ -47,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training.run_train(options, bindings, command_line[1:])
     elif command == "search":
       search.run_search(options, bindings, command_line[1:])
-    elif command in _OF_STAGES:
-      _OF_STAGES[command](options, bindings)
+    elif command in _CONFIGURED:
+      _CONFIGURED[command](options, bindings)
     else:
       _OF_MODELS[command](options)
   except EmbgemmaError as error:

@@ -23,3 +23,7 @@ class CheckpointError(EmbgemmaError):
 
 class TrainingError(EmbgemmaError):
   """A run that cannot go on, such as a loss that is not finite."""
+
+
+class RecipeError(EmbgemmaError):
+  """A recipe of which a stage failed."""

@@ -25,7 +25,11 @@ def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
     metavar="",
     help="override a macro or parameter, e.g. --gin.TRAIN_STEPS=100; repeatable",
   )
-  group.add_argument(
+
+
+def _add_stage_flags(parser: argparse.ArgumentParser) -> None:
+  _add_gin_flags(parser)
+  parser.add_argument(
     "--on_bad_record",
     choices=("fail", "skip"),
     help="what to do with a record that cannot be used (default: fail)",
@@ -48,7 +52,7 @@ _EMBEDDER = "a checkpoint or Hugging Face directory, or sentence_transformers:DI
 
 
 def _add_teach_flags(parser: argparse.ArgumentParser) -> None:
-  _add_gin_flags(parser)
+  _add_stage_flags(parser)
   parser.add_argument("--teacher", required=True, help=f"{_EMBEDDER}, or gemini:MODEL")
   parser.add_argument(
     "--width", type=int, help="Matryoshka width of its vectors; default is full"
@@ -69,7 +73,7 @@ def _add_teach_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_mine_flags(parser: argparse.ArgumentParser) -> None:
-  _add_gin_flags(parser)
+  _add_stage_flags(parser)
   parser.add_argument("--searcher", required=True, help=f"bm25, or {_EMBEDDER}")
   parser.add_argument(
     "--judge",
@@ -94,12 +98,12 @@ def parser() -> argparse.ArgumentParser:
     return commands.add_parser(name, help=help_text, description=help_text)
 
   train = command("train", "train one stage; resumes if MODEL_DIR has checkpoints")
-  _add_gin_flags(train)
+  _add_stage_flags(train)
   _add_process_flags(train)
   cached = command(
     "cache", "tokenise the tasks of a stage once; goes on where it ended"
   )
-  _add_gin_flags(cached)
+  _add_stage_flags(cached)
   where = cached.add_mutually_exclusive_group()
   where.add_argument(
     "--workers", type=int, default=1, help="processes of this machine (default: 1)"
@@ -111,15 +115,28 @@ def parser() -> argparse.ArgumentParser:
   )
   _add_teach_flags(command("teach", "embed the cached texts of a stage with a teacher"))
   _add_mine_flags(command("mine", "find hard negatives for the pairs of a stage"))
-  _add_gin_flags(
+  _add_stage_flags(
     command(
       "search", "find the best mixtures of a stage's tasks; workers may share one"
     )
   )
-  _add_gin_flags(command("explain", "show the resolved run before any compute"))
+  recipe = command("recipe", "run the stages of a recipe that are not complete")
+  _add_gin_flags(recipe)
+  recipe.add_argument(
+    "--jobs", type=int, default=1, help="stages that run at a time (default: 1)"
+  )
+  recipe.add_argument(
+    "--stages", help="names of those to run, with commas, and what they need; else all"
+  )
+  recipe.add_argument(
+    "--dry_run",
+    action="store_true",
+    help="print the commands and what they need, as a shell script",
+  )
+  _add_stage_flags(command("explain", "show the resolved run before any compute"))
 
   precompile = command("precompile", "compile a stage's step for devices not at hand")
-  _add_gin_flags(precompile)
+  _add_stage_flags(precompile)
   precompile.add_argument(
     "--topology",
     required=True,
@@ -158,13 +175,15 @@ def parser() -> argparse.ArgumentParser:
 
   evaluate = command("eval", "evaluate a checkpoint on retrieval and similarity sets")
   evaluate.add_argument("--checkpoint", required=True, help=checkpoint_help)
+  _add_gin_flags(evaluate)
   evaluate.add_argument(
     "--data",
     action="append",
-    required=True,
+    default=[],
     metavar="NAME=PATH[:KIND]",
     help="BEIR folder, JSONL pairs or builtin:TASK; KIND picks prompts (search, qa, "
-    "code, bitext, …) or is sts or pair_classification; repeatable",
+    "code, bitext, …) or is sts or pair_classification; repeatable; beside those of "
+    "EVALUATIONS in a --gin_file",
   )
   evaluate.add_argument("--widths", help="Matryoshka widths, separated by commas")
   evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
@@ -173,6 +192,25 @@ def parser() -> argparse.ArgumentParser:
   evaluate.add_argument(
     "--tokens_per_batch", type=int, help="token slots that a device embeds at once"
   )
+  report = command("report", "make a page of runs, searches, soups and recipes")
+  report.add_argument(
+    "directories",
+    nargs="+",
+    metavar="DIR",
+    help="RECIPE_DIR, MODEL_DIR, SEARCH_DIR, or a file of `embgemma eval --output`",
+  )
+  report.add_argument("--output", required=True, help=".html file to make")
+  report.add_argument("--markdown", help="file of its tables, too")
+  report.add_argument("--title", help="default is the name of the first DIR")
+  report.add_argument("--checkpoint", help="whose vectors --map shows")
+  report.add_argument(
+    "--map",
+    action="append",
+    default=[],
+    metavar="NAME=PATH[:KIND]",
+    help="draw passages of a retrieval set in a plane, as of `eval --data`; repeatable",
+  )
+
   imported = command("import", "take over weights of another format")
   imported.add_argument(
     "--from",

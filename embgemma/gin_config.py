@@ -4,6 +4,7 @@ The library never imports gin; constructors and `train` are registered here.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import logging
@@ -43,6 +44,7 @@ def register() -> None:
   from embgemma.mining import filters as mining_filters
   from embgemma.mixture_search import config as search_config
   from embgemma.models import config
+  from embgemma.recipe import config as recipe_config
   from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
 
   for module, names in (
@@ -71,6 +73,7 @@ def register() -> None:
     (mining_filters, ("MiningOptions",)),
     (bm25, ("Bm25Searcher",)),
     (search_config, ("MixtureSearch",)),
+    (recipe_config, ("Recipe", "Stage")),
     (vectors, ("VectorSearcher",)),
     (public_sets, ("public_tasks", "public_tfds_tasks")),
     (filters, ("LengthFilter", "LanguageFilter")),
@@ -111,6 +114,11 @@ def register() -> None:
     return arguments
 
   gin.external_configurable(_type_checked("train", train), "train", module="embgemma")
+
+  def declared_data(tasks=(), modules=(), evaluations=types.MappingProxyType({})):
+    return {"tasks": tasks, "modules": modules, "evaluations": evaluations}
+
+  gin.external_configurable(declared_data, "declared_data", module="embgemma")
 
 
 def _type_checked(name: str, constructor: Callable[..., Any]) -> Callable[..., Any]:
@@ -290,6 +298,22 @@ def resolve(name: str, **arguments: Any) -> Any:
     if "configurable" not in str(error):
       raise
     raise ConfigError(f"gin: {_first_lines(error)}") from error
+
+
+def declared_data() -> dict[str, Any]:
+  """What the macros TASKS, MODULES and EVALUATIONS of the configuration stand for.
+
+  The rest of a stage, such as a vocabulary that another stage makes, may be missing.
+
+  Raises:
+    ConfigError: a task is wrong.
+  """
+  found: dict[str, Any] = {"tasks": (), "modules": (), "evaluations": {}}
+  for name in found:
+    with contextlib.suppress(ValueError):
+      gin.query_parameter(f"{name.upper()}/gin.macro.value")
+      gin.parse_config(f"declared_data.{name} = %{name.upper()}")
+  return found | resolve("declared_data")
 
 
 def config() -> str:

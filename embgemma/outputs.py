@@ -67,8 +67,10 @@ def new_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, busy: Callable[[], None]) -> Iterator[None]:
+def locked(path: pathlib.Path, busy: Callable[[], None]) -> Iterator[int]:
   """Holds a lock file against other processes, until this one ends, however it does.
+
+  Children that are given the file's descriptor, which it yields, hold it as well.
 
   A file system without locks counts as free: what is guarded must bear two processes
   that do the same work.
@@ -85,7 +87,7 @@ def locked(path: pathlib.Path, busy: Callable[[], None]) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
       pass
-    yield
+    yield file.fileno()
 
 
 def check_file(path: pathlib.Path, overwrite: bool) -> None:

@@ -19,7 +19,7 @@ def configure(options: argparse.Namespace, bindings: Sequence[str]) -> None:
     raise ConfigError(
       "no --gin_file; start from gin/stages/prefinetune.gin or gin/recipes/"
     )
-  if options.on_bad_record:
+  if getattr(options, "on_bad_record", None):
     bindings = [*bindings, f"ON_BAD_RECORD={options.on_bad_record}"]
   gin_config.register()
   gin_config.parse(

@@ -3,9 +3,11 @@
 import argparse
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from embgemma import outputs, process
+from embgemma.commands.configuration import configure
 from embgemma.commands.messages import say, say_notes
 from embgemma.errors import ConfigError, DataError
 
@@ -75,7 +77,17 @@ def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
   return entries
 
 
-def run_eval(options: argparse.Namespace) -> None:
+def _declared(options: argparse.Namespace, bindings: Sequence[str]) -> dict[str, Any]:
+  """EVALUATIONS of the gin files given, if there are any."""
+  if not options.gin_file and not bindings:
+    return {}
+  from embgemma import gin_config
+
+  configure(options, bindings)
+  return dict(gin_config.declared_data()["evaluations"])
+
+
+def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints how well a checkpoint does on evaluation data."""
   from rich.console import Console
 
@@ -83,6 +95,12 @@ def run_eval(options: argparse.Namespace) -> None:
   from embgemma.evaluation.report import results_table
   from embgemma.inference.embedder import CheckpointEmbedder
 
+  entries = _declared(options, bindings) | evaluation_entries(options.data)
+  if not entries:
+    raise ConfigError(
+      "nothing to evaluate on: give --data=NAME=PATH[:KIND], or a --gin_file with "
+      "EVALUATIONS"
+    )
   process.keep_compilations()
   embedder = CheckpointEmbedder(
     options.checkpoint, options.max_length, options.tokens_per_batch
@@ -94,7 +112,7 @@ def run_eval(options: argparse.Namespace) -> None:
       widths = tuple(int(width) for width in options.widths.split(","))
     except ValueError as error:
       raise ConfigError(f"--widths={options.widths}: write 768,128") from error
-  evaluators = suite.evaluators(evaluation_entries(options.data), widths)
+  evaluators = suite.evaluators(entries, widths)
   for evaluator in evaluators:
     evaluator.check()
   columns = {embedder.name: {e.name: e.evaluate(embedder.encode) for e in evaluators}}

@@ -43,9 +43,14 @@ def _task_rows(results: Results, task: str, only: Sequence[str] | None) -> list[
   return [
     _Row(task, metric, width, tuple(_value(c, metric, width) for c in columns))
     for metric, found in widths.items()
-    for width in found
+    for width in sorted(found, key=_widest_first)
     if width or not any(map(str.isdigit, found))
   ]
+
+
+def _widest_first(width: str) -> int:
+  """Orders numbers; names of denoisers stay as they are."""
+  return -int(width) if width.isdigit() else 0
 
 
 def _mean_rows(rows: Sequence[_Row]) -> list[_Row]:
@@ -109,6 +114,18 @@ def results_table(
   return table
 
 
+def results_cells(
+  results: Results,
+  metrics: Sequence[str] | None = None,
+  scale: float = 100.0,
+  digits: int = 2,
+) -> tuple[list[str], list[list[str]]]:
+  """Returns the heads and the rows of `results_table` as text: task, metric, width,
+  then a value of each run."""
+  rows = [row for section in _sections(results, metrics) for row in section]
+  return [*_LABELS, *results], [_cells(row, scale, digits) for row in rows]
+
+
 def results_markdown(
   results: Results,
   metrics: Sequence[str] | None = None,
@@ -116,11 +133,7 @@ def results_markdown(
   digits: int = 2,
 ) -> str:
   """Returns the rows of `results_table` as a markdown table, ending in a newline."""
-  rows = [row for section in _sections(results, metrics) for row in section]
-  lines = [
-    [*_LABELS, *results],
-    ["---", "---", "---:", *("---:" for _ in results)],
-    *(_cells(row, scale, digits) for row in rows),
-  ]
+  heads, rows = results_cells(results, metrics, scale, digits)
+  lines = [heads, ["---", "---", "---:", *("---:" for _ in results)], *rows]
   escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
   return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)

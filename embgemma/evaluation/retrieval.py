@@ -382,6 +382,19 @@ class RetrievalEvaluator:
       raise ConfigError(f"{self.name}: split needs a BEIR folder, {path} is a file")
     return read_pairs(path)
 
+  @property
+  def passages(self) -> list[str]:
+    """The documents with their prompts.
+
+    Raises:
+      DataError: see `collection`.
+    """
+    data = self.collection
+    return [
+      self.prompts.format_document(text, title or None)
+      for text, title in zip(data.texts, data.titles, strict=True)
+    ]
+
   def check(self) -> None:
     """Reads the data, so that a mistake shows before training starts.
 
@@ -409,11 +422,7 @@ class RetrievalEvaluator:
     # Queries are few: a bad width fails before the corpus is embedded.
     texts = [self.prompts.format_query(text) for text in data.queries.values()]
     queries = encode_checked(encode, texts, self.name, self.widths)
-    texts = [
-      self.prompts.format_document(text, title or None)
-      for text, title in zip(data.texts, data.titles, strict=True)
-    ]
-    documents = encode_checked(encode, texts, self.name, self.widths)
+    documents = encode_checked(encode, self.passages, self.name, self.widths)
     return {
       f"{key}/{width}": value
       for width in self.widths

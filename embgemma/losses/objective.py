@@ -1,7 +1,7 @@
 """The training objective of the embedding stages: a weighted sum of terms."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, no_type_check, runtime_checkable
 
 import flax.linen as nn
@@ -419,21 +419,80 @@ class Objective:
       ConfigError: as `check` does, or if a term needs teacher vectors and the batch
         has none.
     """
+    values = self._values(batch, params, axes)
+    return self._weighted(values), self._metrics(values, axes)
+
+  def gradients(
+    self,
+    vectors: Float[Array, "T E"],
+    params: Params,
+    batch: Callable[[Float[Array, "T E"]], PairBatch],
+    axes: Sequence[str] = (),
+  ) -> tuple[Float[Array, "T E"], Params, Metrics]:
+    """Gradients of the loss, or the shard's share, by vectors and parameters.
+
+    Each term is differentiated by itself, which costs the same, so that beside the
+    metrics of `__call__` there is `vector_gradient_norm/NAME`: of the weighted term, by
+    the vectors of the whole batch.
+
+    Args:
+      vectors: Of the shard's texts.
+      params: As of `__call__`.
+      batch: What the terms take, of the vectors.
+      axes: As of `__call__`.
+
+    Raises:
+      ConfigError: as `__call__` does.
+    """
+    of_vectors = jnp.zeros_like(vectors)
+    of_params: dict[str, Params] = {}
+    values: dict[str, TermValue] = {}
+    norms: Metrics = {}
+    for term in self.terms:
+      alone = Objective((term,))
+
+      def loss(
+        vectors: Array, params: Params, alone: "Objective" = alone
+      ) -> tuple[Array, dict[str, TermValue]]:
+        values = alone._values(batch(vectors), params, axes)
+        return alone._weighted(values), values
+
+      own = {name: params[name] for name in (term.name,) if name in params}
+      (by_vectors, by_params), value = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+        vectors, own
+      )
+      squares = jnp.sum(jnp.square(by_vectors.astype(jnp.float32)))
+      norms[f"vector_gradient_norm/{term.name}"] = jnp.sqrt(
+        global_batch.total(squares, axes)
+      )
+      of_vectors += by_vectors
+      of_params |= by_params
+      values |= value
+    return of_vectors, of_params, self._metrics(values, axes) | norms
+
+  def _values(
+    self, batch: PairBatch, params: Params, axes: Sequence[str]
+  ) -> dict[str, TermValue]:
     self.check(batch.query.shape[-1])
-    loss = jnp.zeros((), jnp.float32)
-    shares: Metrics = {}
+    return {
+      term.name: term(batch, params.get(term.name, {}), axes) for term in self.terms
+    }
+
+  def _weighted(self, values: Mapping[str, TermValue]) -> Float[Array, ""]:
+    sums = (term.weight * sum(values[term.name].losses.values()) for term in self.terms)
+    return sum(sums, jnp.zeros((), jnp.float32))
+
+  def _metrics(self, values: Mapping[str, TermValue], axes: Sequence[str]) -> Metrics:
+    shares: Metrics = {"loss": self._weighted(values)}
     diagnostics: Metrics = {}
     widest: dict[str, int] = {}
-    for term in self.terms:
-      value = term(batch, params.get(term.name, {}), axes)
-      loss += term.weight * sum(value.losses.values())
-      shares |= {f"{term.name}/{width}": x for width, x in value.losses.items()}
+    for term, value in values.items():
+      shares |= {f"{term}/{width}": x for width, x in value.losses.items()}
       for name, diagnostic in value.diagnostics.items():
         if max(value.losses) > widest.get(name, 0):
           diagnostics[name] = diagnostic
           widest[name] = max(value.losses)
-    shares = jax.lax.stop_gradient({"loss": loss, **shares})
-    return loss, global_batch.total(shares, axes) | diagnostics
+    return global_batch.total(jax.lax.stop_gradient(shares), axes) | diagnostics
 
 
 def _taught(

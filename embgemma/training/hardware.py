@@ -1,13 +1,22 @@
 """Accelerators by their published numbers, and slices of them by name."""
 
 import dataclasses
+import json
 import math
+import pathlib
+import platform
 import re
 from collections.abc import Sequence
 
+import jax
+from jax.sharding import Mesh
+
+import embgemma
+from embgemma import checkpoints
 from embgemma.errors import ConfigError
 
 _GIB = 2**30
+SYSTEM_FILE = "system.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +138,28 @@ def route(topology: Topology, coords: Sequence[Sequence[int]]) -> Route:
     links += 2 if ring else 1
     hops += extent // 2 if ring else extent - 1
   return Route(max(links, 1) * chip.link_bandwidth, max(hops, 1))
+
+
+def write_system(directory: pathlib.Path, mesh: Mesh) -> None:
+  """Notes what a run works on: system.json, of its last start.
+
+  Args:
+    directory: MODEL_DIR.
+    mesh: Of the run.
+
+  Raises:
+    CheckpointError: it cannot be written.
+  """
+  content = {
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "devices": mesh.devices.size,
+    "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+    "processes": jax.process_count(),
+    "versions": {
+      "embgemma": embgemma.__version__,
+      "jax": jax.__version__,
+      "python": platform.python_version(),
+    },
+  }
+  path = directory / SYSTEM_FILE
+  checkpoints.write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")

@@ -22,6 +22,7 @@ def checkpoint_model(
   window: Sequence[int] | None = None,
   matryoshka_widths: Sequence[int] | None = None,
   lora: LoraConfig | None = None,
+  pooler: str | None = None,
 ) -> EmbedderConfig:
   """The configuration of a checkpoint's embedder, with what training may change.
 
@@ -35,12 +36,14 @@ def checkpoint_model(
     window: As in TransformerConfig; None is the checkpoint's.
     matryoshka_widths: Widths trained to stand alone; None is the checkpoint's.
     lora: Adapters to train; None is the checkpoint's, if it has any.
+    pooler: Of the embedder that pretrained stacks become, as in EmbedderConfig; None
+      is the mean. That of an embedder stays.
 
   Raises:
     ConfigError: no path, or a value that does not fit the model.
     CheckpointError: the checkpoint cannot be read.
   """
-  config = _embedder(path)
+  config = _embedder(path, pooler)
   return dataclasses.replace(
     config,
     transformer=_trained(config.transformer, dtype, remat, window),
@@ -141,11 +144,16 @@ def _trained(
   )
 
 
-def _embedder(path: str | None) -> EmbedderConfig:
+def _embedder(path: str | None, pooler: str | None = None) -> EmbedderConfig:
   """Of a checkpoint's embedder, or that which its stacks become."""
   config = _config(path)
   if isinstance(config, BackboneConfig):
-    return extraction.embedder_config(config)
+    return extraction.embedder_config(config, pooler=pooler or "mean")
+  if pooler not in (None, config.pooler):
+    raise ConfigError(
+      f"checkpoint_model.pooler is {pooler!r}, and {path} is an embedder with pooler "
+      f"{config.pooler!r}; start from pretrained stacks to choose another"
+    )
   return config
 
 

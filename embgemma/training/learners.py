@@ -111,12 +111,12 @@ class EmbeddingLearner:
       key if self.config.transformer.dropout_rate else None,
     )
 
-    def loss(vectors: Array, params: Params) -> tuple[Array, Metrics]:
-      return self.objective(pair_batch(vectors, batch), params, BATCH_AXES)
-
-    (_, metrics), (of_vectors, of_objective) = jax.value_and_grad(
-      loss, argnums=(0, 1), has_aux=True
-    )(vectors, trainable["objective"])
+    of_vectors, of_objective, metrics = self.objective.gradients(
+      vectors,
+      trainable["objective"],
+      lambda vectors: pair_batch(vectors, batch),
+      BATCH_AXES,
+    )
     return {"model": pullback(of_vectors), "objective": of_objective}, metrics
 
 

@@ -26,7 +26,7 @@ from embgemma.losses.denoising import Denoising
 from embgemma.losses.objective import Objective
 from embgemma.models import adaptation
 from embgemma.models.config import BackboneConfig, EmbedderConfig
-from embgemma.training import distributed, warm_start
+from embgemma.training import distributed, hardware, warm_start
 from embgemma.training.activation_memory import device_memory, fitting_tokens
 from embgemma.training.metric_writers import EventWriter
 from embgemma.training.optimizers import OptimizerConfig
@@ -397,6 +397,7 @@ def train(
     start = done or 0
     if distributed.is_first():
       run.forget_results(start)
+      hardware.write_system(directory, mesh)
       if not start:
         lineage = warm_start.lineage(begun, stage.config, seed)
         description = dataclasses.replace(description, lineage=lineage)

@@ -13,7 +13,7 @@ from embgemma.errors import TrainingError
 from embgemma.typing import Metrics
 
 _NAMED_TASKS = 64  # of a mixture of more, TensorBoard would be nothing but tasks
-_ORDER = ("similarity", "accuracy", "", "loss", "gradient_norm")
+_ORDER = ("similarity", "accuracy", "", "loss", "vector_gradient_norm", "gradient_norm")
 
 
 def check_finite(metrics: Mapping[str, float], step: int, task: str, last: int) -> None:

@@ -1,0 +1,167 @@
+"""Runs the stages of a recipe: each a process, those that are complete left out."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Sequence
+
+from embgemma import outputs
+from embgemma.child_process import child_process
+from embgemma.errors import RecipeError
+from embgemma.recipe.plan import RECIPE_FILE, PlannedStage
+from embgemma.recipe.view import StageStatus, View
+
+_POLL_SECONDS = 0.5
+_TAIL_BYTES = 4096
+
+
+def run(
+  stages: Sequence[PlannedStage], root: pathlib.Path, jobs: int, view: View
+) -> None:
+  """Runs what is not complete, and whatever it is needed for.
+
+  A stage that fails keeps those back that need it; the others go on. Stopped, it ends
+  the running stages, which go on from where they were the next time.
+
+  Args:
+    stages: Of `plan`, in its order.
+    root: RECIPE_DIR.
+    jobs: Stages that may run at a time.
+    view: Is told what happens.
+
+  Raises:
+    RecipeError: a stage failed.
+    DataError: a record is damaged, or one cannot be written.
+  """
+  root.mkdir(parents=True, exist_ok=True)
+  lock = contextlib.ExitStack()
+  with lock, view:
+    # Its stages hold the lock, too: those of a killed recipe may be saving still.
+    held = lock.enter_context(outputs.locked(root / ".lock", view.waits_for_another))
+    _Run(stages, root, held, view).run(jobs)
+
+
+class _Run:
+  """One pass over the stages."""
+
+  def __init__(
+    self, stages: Sequence[PlannedStage], root: pathlib.Path, lock: int, view: View
+  ):
+    self._stages = {stage.name: stage for stage in stages}
+    self._root = root
+    self._lock = lock
+    self._view = view
+    self._status: dict[str, StageStatus] = {}
+    for stage in stages:
+      seconds = stage.seconds()
+      state = "waiting" if seconds is None else "complete"
+      self._status[stage.name] = StageStatus(stage, state, seconds)
+
+  def run(self, jobs: int) -> None:
+    running: dict[str, _Running] = {}
+    self._changed()
+    with contextlib.ExitStack() as exits:
+      while True:
+        for name in self._ready()[: jobs - len(running)]:
+          running[name] = _Running(self._stages[name], self._lock, exits)
+          self._set(name, "running", None)
+        if not running:
+          break
+        time.sleep(_POLL_SECONDS)
+        for name, process in list(running.items()):
+          if process.code() is None:
+            self._view.progress(name, process.seconds, process.last_line())
+            continue
+          del running[name]
+          self._ended(name, process)
+    failed = [name for name, of in self._status.items() if of.state == "failed"]
+    if failed:
+      logs = ", ".join(str(self._stages[name].log) for name in failed)
+      raise RecipeError(
+        f"{', '.join(failed)} failed: see {logs}; mend it and run the recipe again"
+      )
+
+  def _ready(self) -> list[str]:
+    return [
+      name
+      for name, status in self._status.items()
+      if status.state == "waiting"
+      and all(self._status[need].state == "complete" for need in status.stage.needs)
+    ]
+
+  def _ended(self, name: str, process: "_Running") -> None:
+    process.close()
+    if process.code():
+      self._set(name, "failed", process.seconds)
+      return
+    self._stages[name].write_record(process.seconds)
+    self._set(name, "complete", process.seconds)
+
+  def _set(self, name: str, state: str, seconds: float | None) -> None:
+    stage = self._stages[name]
+    self._status[name] = StageStatus(stage, state, seconds)
+    self._changed()
+    line = _last_line(stage.log) if state == "failed" else ""
+    self._view.changed(name, line)
+
+  def _changed(self) -> None:
+    """Shows and keeps how all stages are, and what their names stand for."""
+    self._view.show(list(self._status.values()))
+    for status in self._status.values():
+      if status.stage.writes and status.state != "waiting":
+        _point(self._root / status.stage.name, status.stage.directory.name)
+    values = {name: status.to_json() for name, status in self._status.items()}
+    with outputs.new_file(self._root / RECIPE_FILE) as file:
+      file.write(json.dumps({"stages": values}, indent=1).encode() + b"\n")
+
+
+class _Running:
+  """A stage's process; it ends with the block that `exits` is of."""
+
+  def __init__(self, stage: PlannedStage, lock: int, exits: contextlib.ExitStack):
+    self._exits = exits.enter_context(contextlib.ExitStack())
+    self._log = stage.log
+    self._began = time.monotonic()
+    self.seconds = 0.0
+    stage.log.parent.mkdir(parents=True, exist_ok=True)
+    log = self._exits.enter_context(stage.log.open("ab"))
+    self._process: subprocess.Popen[bytes] = self._exits.enter_context(
+      child_process(stage.command, log, (lock,))
+    )
+
+  def code(self) -> int | None:
+    """Its exit status; None while it runs."""
+    code = self._process.poll()
+    self.seconds = time.monotonic() - self._began
+    return code
+
+  def last_line(self) -> str:
+    """What it printed last."""
+    return _last_line(self._log)
+
+  def close(self) -> None:
+    """Closes its log."""
+    self._exits.close()
+
+
+def _last_line(log: pathlib.Path) -> str:
+  with log.open("rb") as file:
+    file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+    lines = file.read().decode(errors="replace").splitlines()
+  return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _point(link: pathlib.Path, target: str) -> None:
+  """Makes a symbolic link, in place of another."""
+  with contextlib.suppress(OSError):
+    if os.readlink(link) == target:
+      return
+  if os.path.lexists(link) and not link.is_symlink():
+    return  # someone's own
+  made = link.with_name(f".{link.name}.link")
+  made.unlink(missing_ok=True)
+  os.symlink(target, made)
+  os.replace(made, link)

@@ -1,0 +1,223 @@
+"""Reads what commands left behind: runs, searches, soups, evaluations, recipes."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from embgemma.errors import DataError
+from embgemma.evaluation.suite import TaskResults
+
+_RECIPE, _SEARCH, _MODEL = "recipe.json", "search.json", "model.json"
+_EVALUATIONS, _INGREDIENTS = "evaluations.json", "ingredients.json"
+_SYSTEM, _GIN, _ADAPTATION = "system.json", "operative.gin", "adaptation.json"
+_RESULTS = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """A scalar of a run.
+
+  Attributes:
+    steps: In order.
+    values: As many.
+  """
+
+  steps: np.ndarray
+  values: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A model's directory: a run, or what a command made.
+
+  Attributes:
+    name: On the page.
+    directory: Its own.
+    description: model.json.
+    gin: The operative configuration; "" of what was not trained.
+    curves: By name, from TensorBoard's files.
+    evaluations: By step, of a run.
+    ingredients: Of a soup.
+    system: Hardware and versions, where the run noted them.
+    adaptation: Where its first parameters came from, where they were adapted.
+    seconds: From its first point to its last, pauses included.
+  """
+
+  name: str
+  directory: pathlib.Path
+  description: Mapping[str, Any]
+  gin: str
+  curves: Mapping[str, Curve]
+  evaluations: Mapping[str, TaskResults]
+  ingredients: Sequence[Mapping[str, Any]]
+  system: Mapping[str, Any]
+  adaptation: Mapping[str, Any]
+  seconds: float | None
+
+  @property
+  def final(self) -> TaskResults:
+    """Results after the last evaluated step; {} if there are none."""
+    if not self.evaluations:
+      return {}
+    return self.evaluations[max(self.evaluations, key=int)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """A mixture search: search.json, as `mixture_search.results` writes it."""
+
+  name: str
+  directory: pathlib.Path
+  content: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """A file of `embgemma eval --output`: results by model."""
+
+  name: str
+  results: Mapping[str, TaskResults]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageRow:
+  """A stage of a recipe, as recipe.json has it."""
+
+  name: str
+  state: str
+  seconds: float | None
+  needs: Sequence[str]
+  command: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """All that a page shows, in order."""
+
+  stages: Sequence[StageRow]
+  runs: Sequence[Run]
+  searches: Sequence[Search]
+  evaluations: Sequence[Evaluation]
+
+
+def read(paths: Sequence[str]) -> Records:
+  """What lies in directories of recipes, runs, soups and searches, and result files.
+
+  Args:
+    paths: In the order of the page.
+
+  Raises:
+    DataError: a path holds none of these, or a damaged file.
+  """
+  stages: list[StageRow] = []
+  found: list[Run | Search | Evaluation] = []
+  for path in map(pathlib.Path, paths):
+    if (path / _RECIPE).exists():
+      rows, outputs = _recipe(path)
+      stages += rows
+      found += outputs
+      continue
+    record = _record(path.name or str(path), path)
+    if record is None:
+      raise DataError(
+        f"{path}: neither a recipe, a run, a search nor a file of results; give a "
+        "RECIPE_DIR, MODEL_DIR, SEARCH_DIR, or what `embgemma eval --output` wrote"
+      )
+    found.append(record)
+  return Records(
+    stages=stages,
+    runs=[each for each in found if isinstance(each, Run)],
+    searches=[each for each in found if isinstance(each, Search)],
+    evaluations=[each for each in found if isinstance(each, Evaluation)],
+  )
+
+
+def _recipe(path: pathlib.Path) -> tuple[list[StageRow], list[Any]]:
+  stages, outputs = [], []
+  content = _json(path / _RECIPE)
+  for name, stage in content["stages"].items():
+    fields = ("state", "seconds", "needs", "command")
+    stages.append(StageRow(name, *(stage[field] for field in fields)))
+    if stage["directory"] is not None and stage["state"] != "waiting":
+      record = _record(name, path / stage["directory"])
+      outputs += [] if record is None else [record]
+  return stages, outputs
+
+
+def _record(name: str, path: pathlib.Path) -> Run | Search | Evaluation | None:
+  """What a path holds; None is nothing that a page shows."""
+  if (path / _SEARCH).exists():
+    return Search(name, path, _json(path / _SEARCH))
+  if (path / _MODEL).exists():
+    return _run(name, path)
+  for file in (path / _RESULTS, path):
+    if file.is_file() and file.suffix == ".json":
+      return Evaluation(name, _json(file))
+  return None
+
+
+def _run(name: str, path: pathlib.Path) -> Run:
+  curves, seconds = _curves(path / "tensorboard")
+  gin = path / _GIN
+  return Run(
+    name=name,
+    directory=path,
+    description=_json(path / _MODEL),
+    gin=gin.read_text() if gin.exists() else "",
+    curves=curves,
+    evaluations=_json(path / _EVALUATIONS, {}),
+    ingredients=_json(path / _INGREDIENTS, []),
+    system=_json(path / _SYSTEM, {}),
+    adaptation=_json(path / _ADAPTATION, {}),
+    seconds=seconds,
+  )
+
+
+def _json(path: pathlib.Path, default: Any = None) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    if default is None:
+      raise
+    return default
+  except ValueError as error:
+    raise DataError(f"{path}: damaged ({error}); make it again") from error
+
+
+def _curves(directory: pathlib.Path) -> tuple[dict[str, Curve], float | None]:
+  """Scalars by name, and seconds from the first to the last.
+
+  A step that a resumed run did again counts once, as it was done last.
+  """
+  points: dict[str, dict[int, float]] = {}
+  times: list[float] = []
+  for file in sorted(directory.glob("events.out.tfevents.*")):
+    for event in _events(file):
+      for value in event.summary.value:
+        points.setdefault(value.tag, {})[event.step] = value.simple_value
+      times.append(event.wall_time)
+  curves = {}
+  for tag, values in points.items():
+    steps = sorted(values)
+    curves[tag] = Curve(np.array(steps), np.array([values[step] for step in steps]))
+  return curves, max(times) - min(times) if times else None
+
+
+def _events(file: pathlib.Path) -> Iterator[Any]:
+  """Whole records; a run that was killed may have left half of one."""
+  # As `metric_writers`: without TensorFlow, where that is installed, too.
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.compat.tensorflow_stub import errors
+  from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
+
+  reader = PyRecordReader_New(str(file))
+  while True:
+    try:
+      reader.GetNext()
+    except (errors.OutOfRangeError, errors.DataLossError):
+      return
+    yield event_pb2.Event.FromString(reader.record())
