@@ -3,7 +3,7 @@
     python benchmarks/quality/run.py --data=DIR --output=DIR [--minutes=30]
 
 Both train the `mini` preset from the same random weights, with the same tokenizer, on
-the pairs of benchmarks/real_text.gin in proportion to their numbers, 128 a step. Each
+the pairs of benchmarks/real_text/ in proportion to their numbers, 128 a step. Each
 side has its own standard recipe: here that of gin/stages/prefinetune.gin, there
 theirs.py. The clock counts all that a process does, from its start with cold caches to
 the model on disk. A pilot of each says how many steps fit; then they take turns, one
@@ -34,7 +34,8 @@ from embgemma.data.task_examples import open_tasks
 from embgemma.evaluation.suite import main_scores
 
 HERE = pathlib.Path(__file__).parent.resolve()
-CONFIG = HERE.parent / "real_text.gin"
+DATA = HERE.parent / "real_text"
+CONFIG = (f"--gin_search_paths={DATA}", "--gin_file=prefinetune.gin")
 BATCH, WIDTHS = 128, (512, 256, 128)
 PILOT_STEPS = {"ours": 60, "theirs": 24}
 SPARE = 0.98  # of the time is planned for
@@ -92,7 +93,7 @@ def ours(options: argparse.Namespace, name: str, steps: int) -> Side:
   }
   shutil.rmtree(options.output / "home", ignore_errors=True)  # compiled programs
   flags = [f"--gin.{key}={value}" for key, value in values.items()]
-  command = (sys.executable, "-m", "embgemma", "train", f"--gin_file={CONFIG}", *flags)
+  command = (sys.executable, "-m", "embgemma", "train", *CONFIG, *flags)
   return Side(command, options, f"{name}.log")
 
 
@@ -152,12 +153,12 @@ def prepare(options: argparse.Namespace) -> None:
   values |= {"CACHE_DIR": options.output / "init_cache"}
   flags = [f"--gin.{key}={value}" for key, value in values.items()]
   flags.append("--gin.EVALUATIONS={}")
-  embgemma(options, "train", f"--gin_file={CONFIG}", *flags)
+  embgemma(options, "train", *CONFIG, *flags)
   hf = options.output / "init_hf"
   embgemma(options, "export", "--to=hf", f"--checkpoint={init}", f"--output={hf}")
   os.chdir(options.data)
   gin_config.register()
-  gin_config.parse([str(CONFIG)], ["MODEL_DIR=unused"], [])
+  gin_config.parse(["prefinetune.gin"], ["MODEL_DIR=unused"], [str(DATA)])
   (options.output / "pairs").mkdir()
   for task in open_tasks(gin_config.train_arguments()["data"]):
     write_pairs(task, options.output / "pairs")

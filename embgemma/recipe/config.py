@@ -59,7 +59,8 @@ class Stage:
     gin_files: Of --gin_file, in order; a tuple among them is its members.
     macros: Of --gin.NAME=VALUE, where '@ul2()' or '(@Nce(),)' are references; of
       several mappings, later ones over earlier.
-    flags: Of --NAME=VALUE; a list repeats the flag, True is a switch.
+    flags: Of --NAME=VALUE; a list repeats the flag, True is a switch. Of several
+      mappings likewise.
     inputs: Arguments without a name: the checkpoints of a soup.
     after: Names of stages that must be complete, beside those referred to.
     shared: Whether there is one for all seeds of a recipe.
@@ -73,7 +74,7 @@ class Stage:
   command: str = "train"
   gin_files: Sequence[str | Sequence[str]] = ()
   macros: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
-  flags: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  flags: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
   inputs: Sequence[str] = ()
   after: Sequence[str] = ()
   shared: bool = False
@@ -85,7 +86,7 @@ class Stage:
         f"Stage.command {self.command!r} is none of a recipe's: {', '.join(OUTPUTS)}"
       )
     output = OUTPUTS[self.command]
-    for given, own in ((self.all_macros, output.macro), (self.flags, output.flag)):
+    for given, own in ((self.all_macros, output.macro), (self.all_flags, output.flag)):
       if own in given:
         raise ConfigError(
           f"Stage: {own} of `embgemma {self.command}` is set by the recipe; leave out"
@@ -94,7 +95,7 @@ class Stage:
       raise ConfigError(
         f"Stage: `embgemma {self.command}` takes no gin files and macros; give flags"
       )
-    for name, value in (*self.all_macros.items(), *self.flags.items()):
+    for name, value in (*self.all_macros.items(), *self.all_flags.items()):
       if not _is_literal(value):
         raise ConfigError(
           f"Stage: {name} is {value!r}; a stage's process reads its own gin: write a "
@@ -109,13 +110,17 @@ class Stage:
   @property
   def all_macros(self) -> dict[str, Any]:
     """Of --gin.NAME=VALUE."""
-    several = (self.macros,) if isinstance(self.macros, Mapping) else self.macros
-    return {name: value for each in several for name, value in each.items()}
+    return _merged(self.macros)
+
+  @property
+  def all_flags(self) -> dict[str, Any]:
+    """Of --NAME=VALUE."""
+    return _merged(self.flags)
 
   @property
   def needs(self) -> tuple[str, ...]:
     """Names of the stages that must be complete, in order."""
-    values = (self.all_files, self.all_macros, self.flags, self.inputs)
+    values = (self.all_files, self.all_macros, self.all_flags, self.inputs)
     found = (_REFERENCE.findall(text) for text in _strings(values))
     referred = (name for names in found for name in names)
     return tuple(dict.fromkeys((*referred, *self.after)))
@@ -144,7 +149,7 @@ class Stage:
   def arguments(self) -> list[str]:
     """Of the command line, but where it writes."""
     flags = []
-    for name, value in self.flags.items():
+    for name, value in self.all_flags.items():
       if value is True:
         flags.append(f"--{name}")
         continue
@@ -283,6 +288,14 @@ class Recipe:
 
 def _seed_name(arm: str, seed: int) -> str:
   return f"{arm}_seed{seed}"
+
+
+def _merged(
+  several: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+  """Later mappings over earlier."""
+  each = (several,) if isinstance(several, Mapping) else several
+  return {name: value for of in each for name, value in of.items()}
 
 
 def _strings(value: Any) -> Iterator[str]:

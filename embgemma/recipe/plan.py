@@ -175,10 +175,10 @@ def _content(
   """All that a stage's results depend on, as JSON."""
   named = stage.with_references(lambda of: f"{_UPSTREAM}{planned[of].key}>")
   before = [planned[name].key for name in stage.after]
-  own: list[Any] = [embgemma.__version__, stage.command, named.flags, named.inputs]
+  own: list[Any] = [embgemma.__version__, stage.command, named.all_flags, named.inputs]
   own.append(before)
   macros = [path for path in _paths(named.all_macros) if _holds_model(path)]
-  paths = [*macros, *_paths(named.flags), *named.inputs]
+  paths = [*macros, *_paths(named.all_flags), *named.inputs]
   if stage.command in CONFIGURED:
     # Files that another stage makes are known by its key.
     made = [file for file in named.all_files if _UPSTREAM in file]
