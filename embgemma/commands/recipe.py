@@ -34,15 +34,16 @@ def run_recipe(options: argparse.Namespace, bindings: Sequence[str]) -> None:
         "gin: no recipe; give a --gin_file of gin/recipes/ with stages"
       ) from error
     raise
-  if options.stages:
-    recipe = recipe.only(options.stages.split(","))
+  names = options.stages.split(",") if options.stages else list(recipe.stages)
+  arms = recipe.closure(names)
   stages = plan(recipe, _reader(options.gin_search_paths), options.gin_search_paths)
+  wanted = {stage.name: stage for stage in stages if stage.arm in arms}
   if options.dry_run:
-    print(_script(stages))
+    print(_script(list(wanted.values())))
     return
   root = pathlib.Path(recipe.directory)
   with said_errors(str(root)):
-    run(stages, root, options.jobs, View(Console()))
+    run(stages, wanted.keys(), root, options.jobs, View(Console()))
 
 
 def _reader(search_paths: str) -> Any:

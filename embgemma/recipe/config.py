@@ -265,8 +265,8 @@ class Recipe:
       of_seed, macros={**of_seed.all_macros, "RANDOM_SEED": seed}
     )
 
-  def only(self, names: Sequence[str]) -> "Recipe":
-    """The recipe of these stages and those that they need.
+  def closure(self, names: Sequence[str]) -> frozenset[str]:
+    """Names of these stages and those that they need, without seeds.
 
     Raises:
       ConfigError: a name is no stage's.
@@ -276,14 +276,14 @@ class Recipe:
       raise ConfigError(
         f"no stage {', '.join(unknown)}; there are {', '.join(self.stages)}"
       )
-    wanted, left = set(), list(names)
+    wanted: set[str] = set()
+    left = list(names)
     while left:
       name = left.pop()
       if name not in wanted:
         wanted.add(name)
         left.extend(self.stages[name].needs)
-    kept = {name: stage for name, stage in self.stages.items() if name in wanted}
-    return dataclasses.replace(self, stages=kept)
+    return frozenset(wanted)
 
 
 def _seed_name(arm: str, seed: int) -> str:

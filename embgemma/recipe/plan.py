@@ -85,6 +85,11 @@ class PlannedStage:
     return self.root / "logs" / f"{self.name}-{self.key}.log"
 
   @property
+  def lock(self) -> pathlib.Path:
+    """Held by the process that runs it."""
+    return self.root / "locks" / f"{self.name}-{self.key}"
+
+  @property
   def record(self) -> pathlib.Path:
     """Written when it has ended well."""
     return self.root / "complete" / f"{self.name}-{self.key}.json"

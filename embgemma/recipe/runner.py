@@ -6,7 +6,7 @@ import os
 import pathlib
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from embgemma import outputs
 from embgemma.child_process import child_process
@@ -19,15 +19,21 @@ _TAIL_BYTES = 4096
 
 
 def run(
-  stages: Sequence[PlannedStage], root: pathlib.Path, jobs: int, view: View
+  stages: Sequence[PlannedStage],
+  wanted: Collection[str],
+  root: pathlib.Path,
+  jobs: int,
+  view: View,
 ) -> None:
-  """Runs what is not complete, and whatever it is needed for.
+  """Runs the stages that are wanted and not complete.
 
   A stage that fails keeps those back that need it; the others go on. Stopped, it ends
-  the running stages, which go on from where they were the next time.
+  the running stages, which go on from where they were the next time. Several processes
+  may run one recipe, on machines that share its directory: each stage runs in one.
 
   Args:
     stages: Of `plan`, in its order.
+    wanted: Names of those to run, and of all that they need.
     root: RECIPE_DIR.
     jobs: Stages that may run at a time.
     view: Is told what happens.
@@ -37,22 +43,23 @@ def run(
     DataError: a record is damaged, or one cannot be written.
   """
   root.mkdir(parents=True, exist_ok=True)
-  lock = contextlib.ExitStack()
-  with lock, view:
-    # Its stages hold the lock, too: those of a killed recipe may be saving still.
-    held = lock.enter_context(outputs.locked(root / ".lock", view.waits_for_another))
-    _Run(stages, root, held, view).run(jobs)
+  with view:
+    _Run(stages, wanted, root, view).run(jobs)
 
 
 class _Run:
   """One pass over the stages."""
 
   def __init__(
-    self, stages: Sequence[PlannedStage], root: pathlib.Path, lock: int, view: View
+    self,
+    stages: Sequence[PlannedStage],
+    wanted: Collection[str],
+    root: pathlib.Path,
+    view: View,
   ):
     self._stages = {stage.name: stage for stage in stages}
+    self._wanted = wanted
     self._root = root
-    self._lock = lock
     self._view = view
     self._status: dict[str, StageStatus] = {}
     for stage in stages:
@@ -65,10 +72,10 @@ class _Run:
     self._changed()
     with contextlib.ExitStack() as exits:
       while True:
-        for name in self._ready()[: jobs - len(running)]:
-          running[name] = _Running(self._stages[name], self._lock, exits)
-          self._set(name, "running", None)
-        if not running:
+        for name in self._ready():
+          if len(running) < jobs and (process := self._start(name, exits)):
+            running[name] = process
+        if not running and not self._ready():
           break
         time.sleep(_POLL_SECONDS)
         for name, process in list(running.items()):
@@ -88,17 +95,37 @@ class _Run:
     return [
       name
       for name, status in self._status.items()
-      if status.state == "waiting"
+      if name in self._wanted
+      and status.state in ("waiting", "elsewhere")
       and all(self._status[need].state == "complete" for need in status.stage.needs)
     ]
 
+  def _start(self, name: str, exits: contextlib.ExitStack) -> "_Running | None":
+    """A stage's process; None if another has it, or had it to the end."""
+    stage = self._stages[name]
+    own = contextlib.ExitStack()
+    try:
+      stage.lock.parent.mkdir(parents=True, exist_ok=True)
+      lock = own.enter_context(outputs.locked(stage.lock, _busy))
+    except _BusyError:
+      if self._status[name].state != "elsewhere":
+        self._set(name, "elsewhere", None)
+      return None
+    seconds = stage.seconds()
+    if seconds is not None:
+      own.close()
+      self._set(name, "complete", seconds)
+      return None
+    process = _Running(stage, lock, exits.enter_context(own))
+    self._set(name, "running", None)
+    return process
+
   def _ended(self, name: str, process: "_Running") -> None:
+    failed = bool(process.code())
+    if not failed:
+      self._stages[name].write_record(process.seconds)
     process.close()
-    if process.code():
-      self._set(name, "failed", process.seconds)
-      return
-    self._stages[name].write_record(process.seconds)
-    self._set(name, "complete", process.seconds)
+    self._set(name, "failed" if failed else "complete", process.seconds)
 
   def _set(self, name: str, state: str, seconds: float | None) -> None:
     stage = self._stages[name]
@@ -109,20 +136,40 @@ class _Run:
 
   def _changed(self) -> None:
     """Shows and keeps how all stages are, and what their names stand for."""
+    for name, status in self._status.items():
+      seconds = status.stage.seconds() if status.state == "waiting" else None
+      if seconds is not None:  # by another process
+        self._status[name] = StageStatus(status.stage, "complete", seconds)
     self._view.show(list(self._status.values()))
     for status in self._status.values():
-      if status.stage.writes and status.state != "waiting":
+      if status.stage.writes and status.state in ("running", "complete"):
         _point(self._root / status.stage.name, status.stage.directory.name)
     values = {name: status.to_json() for name, status in self._status.items()}
     with outputs.new_file(self._root / RECIPE_FILE) as file:
       file.write(json.dumps({"stages": values}, indent=1).encode() + b"\n")
 
 
+class _BusyError(Exception):
+  """Another process holds a stage's lock."""
+
+
+def _busy() -> None:
+  raise _BusyError
+
+
 class _Running:
-  """A stage's process; it ends with the block that `exits` is of."""
+  """A stage's process.
+
+  It holds the stage's lock, too: of a recipe that was killed it may be saving still.
+
+  Args:
+    stage: Which.
+    lock: Descriptor of its lock's file.
+    exits: What it holds and what ends it, in the end.
+  """
 
   def __init__(self, stage: PlannedStage, lock: int, exits: contextlib.ExitStack):
-    self._exits = exits.enter_context(contextlib.ExitStack())
+    self._exits = exits
     self._log = stage.log
     self._began = time.monotonic()
     self.seconds = 0.0

@@ -23,7 +23,8 @@ class StageStatus:
 
   Attributes:
     stage: Which.
-    state: "waiting", "running", "complete" or "failed".
+    state: "waiting", "running", "elsewhere" (another process has it), "complete" or
+      "failed".
     seconds: Of its last process, once that ended.
   """
 
@@ -66,10 +67,6 @@ class View:
 
   def __exit__(self, *unused) -> None:
     self._live.stop()
-
-  def waits_for_another(self) -> None:
-    """Says that stages of an earlier run have not ended."""
-    self._say("waiting for another run of this recipe, or its stages, to end")
 
   def show(self, statuses: Sequence[StageStatus]) -> None:
     """All stages, as they are now."""

@@ -102,9 +102,9 @@ def test_only_some_stages_and_what_they_need():
   recipe = make(
     a=Stage(), b=Stage(macros={"P": "{a}"}), c=Stage(macros={"P": "{b}"}), d=Stage()
   )
-  assert list(recipe.only(["b"]).stages) == ["a", "b"]
+  assert recipe.closure(["b"]) == {"a", "b"}
   with pytest.raises(ConfigError, match="no stage e; there are a, b, c, d"):
-    recipe.only(["e"])
+    recipe.closure(["e"])
 
 
 def test_seeds_repeat_what_is_not_shared():
