@@ -14,7 +14,13 @@ from typing import Any
 import numpy as np
 
 from embgemma.evaluation import report
-from embgemma.evaluation.suite import LOSS, MAIN_METRICS, TaskResults, mean_score
+from embgemma.evaluation.suite import (
+  LOSS,
+  MAIN_METRICS,
+  TaskResults,
+  main_scores,
+  mean_score,
+)
 from embgemma.reporting import charts
 from embgemma.reporting.records import Curve, Records, Run, Search
 from embgemma.training.progress import duration
@@ -326,24 +332,18 @@ def _map_section(places: Mapping[str, np.ndarray]) -> list[Section]:
 
 def _run_section(run: Run) -> Section:
   curves = run.curves
-  terms = {
-    tag: curve
-    for tag, curve in curves.items()
-    if re.fullmatch(r"\w+/\d+", tag) and not tag.startswith("evaluation")
-  }
+  tags = [tag for tag in curves if re.fullmatch(r"\w+/\d+", tag)]
+  tags.sort(key=lambda tag: (tag.partition("/")[0], -int(tag.partition("/")[2])))
+  terms = {tag: curves[tag] for tag in tags}
   norms = _with_prefix(curves, "vector_gradient_norm/")
   parts = _with_prefix(curves, "gradient_norm/")
-  evaluated = {
-    name: Curve(of.steps, 100 * of.values)
-    for name, of in _main_evaluations(curves).items()
-  }
   wanted: list[tuple[str, Mapping[str, Curve], bool]] = [
     ("Loss", _named(curves, "loss"), False),
     ("Terms of the loss, by width", terms, True),
     ("Gradient norm of each term, by vectors", norms, True),
     ("Gradient norm of parts", {**_named(curves, "gradient_norm"), **parts}, True),
     ("Similarities", _with_prefix(curves, "similarity/"), False),
-    ("Held-out scores, in percent", evaluated, False),
+    ("Held-out results", _evaluation_curves(run), False),
     ("Learning rate", _named(curves, "learning_rate"), False),
     ("Share of real tokens", _named(curves, "real_token_share"), False),
     ("Tokens a second", _named(curves, "tokens_per_second"), False),
@@ -370,18 +370,20 @@ def _with_prefix(curves: Mapping[str, Curve], prefix: str) -> dict[str, Curve]:
   }
 
 
-def _main_evaluations(curves: Mapping[str, Curve]) -> dict[str, Curve]:
-  """Of each task, the main metric at the widest width; and the mean."""
-  found: dict[str, tuple[int, Curve]] = {}
-  for name, curve in _with_prefix(curves, "evaluation/").items():
-    match = re.fullmatch(rf"(.+)/(?:{'|'.join(MAIN_METRICS)})/(\d+)", name)
-    if match and int(match[2]) > found.get(match[1], (0, curve))[0]:
-      found[match[1]] = int(match[2]), curve
-  if not found:
+def _evaluation_curves(run: Run) -> dict[str, Curve]:
+  """Of each task what stands for it, and their mean; {} of less than two steps."""
+  if len(run.evaluations) < 2:
     return {}
-  return _named(_with_prefix(curves, "evaluation/"), "mean") | {
-    task: curve for task, (_, curve) in found.items()
+  steps = sorted(run.evaluations, key=int)
+  scores = [main_scores(run.evaluations[step]) for step in steps]
+  scale = 100 if _of_embedder(run.final) else -1  # losses have their sign turned
+  numbers = np.array([int(step) for step in steps])
+  curves = {
+    task: Curve(numbers, np.array([scale * of[task] for of in scores]))
+    for task in scores[-1]
   }
+  mean = np.mean([curve.values for curve in curves.values()], axis=0)
+  return {"mean": Curve(numbers, mean), **curves}
 
 
 def _time(run: Run) -> str:

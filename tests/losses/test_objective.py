@@ -427,3 +427,51 @@ def test_matrix_products_are_full_float32_where_the_hardware_has_less(make_batch
   products = [line for line in lines if "dot_general" in line]
   assert products
   assert all("HIGHEST, HIGHEST" in line for line in products)
+
+
+def test_gradients_term_by_term_are_those_of_the_sum(make_batch, assert_close):
+  batch = make_batch(width=64, negatives=1, teacher_width=96)
+  matching = EmbeddingMatching(
+    weight=3.0, widths=(64, 16), alignment="projection", teacher_width=96
+  )
+  objective = Objective(
+    (Nce(weight=2.0, widths=(64, 16)), SpreadOut(widths=(32,)), matching)
+  )
+  params = meta.unbox(objective.init(KEY, 64))
+  vectors = np.concatenate([batch.query, batch.positive, batch.negative[:, 0]])
+
+  def to_batch(vectors):
+    query, positive, negative = np.split(np.arange(18), 3)
+    return batch.replace(
+      query=vectors[query],
+      positive=vectors[positive],
+      negative=vectors[negative][:, None],
+    )
+
+  def loss(vectors, params):
+    return objective(to_batch(vectors), params)
+
+  expected, metrics = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(
+    vectors, params
+  )
+  *found, with_norms = jax.jit(
+    lambda vectors, params: objective.gradients(vectors, params, to_batch)
+  )(vectors, params)
+  assert_close(tuple(found), expected)
+  norms = {name: with_norms.pop(name) for name in list(with_norms) if "norm" in name}
+  assert_close(with_norms, metrics)
+
+  def of_spread_out(vectors):
+    parts = to_batch(vectors)
+    return spread_out.spread_out(
+      truncate(parts.query, 32), truncate(parts.positive, 32)
+    )
+
+  alone = np.asarray(jax.grad(of_spread_out)(vectors), np.float64)
+  assert norms.keys() == {
+    f"vector_gradient_norm/{name}"
+    for name in ("nce", "spread_out", "embedding_matching")
+  }
+  np.testing.assert_allclose(
+    norms["vector_gradient_norm/spread_out"], np.sqrt((alone**2).sum()), rtol=1e-5
+  )
