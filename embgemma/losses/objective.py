@@ -479,8 +479,10 @@ class Objective:
     }
 
   def _weighted(self, values: Mapping[str, TermValue]) -> Float[Array, ""]:
-    sums = (term.weight * sum(values[term.name].losses.values()) for term in self.terms)
-    return sum(sums, jnp.zeros((), jnp.float32))
+    total = jnp.zeros((), jnp.float32)
+    for term in self.terms:
+      total += term.weight * sum(values[term.name].losses.values())
+    return total
 
   def _metrics(self, values: Mapping[str, TermValue], axes: Sequence[str]) -> Metrics:
     shares: Metrics = {"loss": self._weighted(values)}

@@ -4,9 +4,11 @@ import html
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,7 +22,7 @@ COLOURS = (
 _INK = "#010203"  # of no chart: becomes the page's colour of text
 _MANY = 200  # points of a line that a reader tells apart
 
-_STYLE = {
+_STYLE: Any = {
   "svg.fonttype": "none",
   "svg.hashsalt": "embgemma",
   "font.family": "sans-serif",
@@ -43,7 +45,7 @@ _STYLE = {
   "lines.linewidth": 1.4,
   "legend.frameon": False,
   "legend.fontsize": 8,
-  "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+  "axes.prop_cycle": cycler(color=COLOURS),
 }
 
 

@@ -26,6 +26,7 @@ from embgemma.reporting.records import Curve, Records, Run, Search
 from embgemma.training.progress import duration
 
 _KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
+_SEED = re.compile(r"_seed\d+$")  # of a recipe's stages
 _SHOWN = (*MAIN_METRICS, LOSS, "perplexity")
 
 
@@ -153,6 +154,7 @@ def page(records: Records, title: str, places: Mapping[str, np.ndarray]) -> Page
   results = final_results(records)
   sections = [
     *_recipe_section(records),
+    *_seeds_section(results),
     *_results_sections(results),
     *(_search_section(search) for search in records.searches),
     *_map_section(places),
@@ -246,6 +248,35 @@ def _results_table(results: Mapping[str, TaskResults], higher: bool) -> Table:
   begins = [i for i in range(1, len(rows)) if rows[i][:2] != rows[i - 1][:2]]
   numbers = frozenset(range(labels - 1, len(heads)))
   return Table(heads, rows, "", numbers, frozenset(best), frozenset(begins))
+
+
+def _seeds_section(results: Mapping[str, TaskResults]) -> list[Section]:
+  """Means of models that differ in their seed alone."""
+  arms: dict[str, list[TaskResults]] = {}
+  for name, of in results.items():
+    if _SEED.search(name) and _of_embedder(of):
+      arms.setdefault(_SEED.sub("", name), []).append(of)
+  arms = {name: seeds for name, seeds in arms.items() if len(seeds) > 1}
+  if not arms:
+    return []
+  means = {name: _mean_results(seeds) for name, seeds in arms.items()}
+  rows = []
+  for name, seeds in arms.items():
+    scores = [100 * mean_score(of) for of in seeds]
+    cells = (np.mean(scores), min(scores), max(scores))
+    rows.append([name, str(len(seeds)), *(f"{cell:.2f}" for cell in cells)])
+  heads = ["model", "seeds", "mean score", "lowest", "highest"]
+  ranges = Table(heads, rows, "At the widest width", frozenset({1, 2, 3, 4}))
+  return [
+    Section("Means over seeds", tables=[ranges, _results_table(means, higher=True)])
+  ]
+
+
+def _mean_results(seeds: Sequence[TaskResults]) -> TaskResults:
+  return {
+    task: {key: float(np.mean([of[task][key] for of in seeds])) for key in metrics}
+    for task, metrics in seeds[0].items()
+  }
 
 
 def _mean_rows(results: Mapping[str, TaskResults]) -> list[list[str]]:

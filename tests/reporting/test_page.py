@@ -1,0 +1,171 @@
+"""The page of a report, from files as commands leave them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from embgemma.errors import DataError
+from embgemma.reporting import page, records
+from embgemma.training.metric_writers import EventWriter
+
+
+def result(**tasks):
+  return {
+    task: {f"ndcg@10/{width}": score for width, score in zip((64, 16), of, strict=True)}
+    for task, of in tasks.items()
+  }
+
+
+@pytest.fixture
+def make_run(tmp_path):
+  def make(name, evaluations, scalars=(), gin=""):
+    run = tmp_path / name
+    run.mkdir()
+    (run / "model.json").write_text(json.dumps({"lineage": "abc"}))
+    (run / "evaluations.json").write_text(json.dumps(evaluations))
+    (run / "operative.gin").write_text(gin)
+    if scalars:
+      writer = EventWriter(run / "tensorboard")
+      for step, values in scalars:
+        writer.scalars(step, values)
+      writer.close()
+    return run
+
+  return make
+
+
+def made(*paths, **places):
+  return page.page(records.read([str(path) for path in paths]), "title", places)
+
+
+def table(text, heading):
+  """Rows of the first table under a heading, by their first cells."""
+  part = text.split(f"## {heading}")[1].split("\n## ")[0]
+  rows = [line.strip("| ").split(" | ") for line in part.splitlines() if "|" in line]
+  return {tuple(row[:3]): row[3:] for row in rows[2:]}
+
+
+def test_results_are_the_last_steps_side_by_side(make_run):
+  steps = {
+    "0": result(a=(0.1, 0.1)),
+    "10": result(a=(0.5, 0.3)),
+    "9": result(a=(0.0, 0.0)),
+  }
+  text = made(make_run("one", steps), make_run("two", {"10": result(a=(0.4, 0.4))}))
+  rows = table(text.markdown(), "Held-out evaluation")
+  assert rows["a", "ndcg@10", "64"] == ["**50.00**", "40.00"]
+  assert rows["a", "ndcg@10", "16"] == ["30.00", "**40.00**"]
+  assert rows["mean", "of main metrics", "64"] == ["**50.00**", "40.00"]
+  assert text.cards["best mean score: one"] == "50.00"
+
+
+def test_a_model_without_a_task_has_no_mean(make_run):
+  both = make_run("both", {"1": result(a=(0.5, 0.3), b=(0.3, 0.3))})
+  rows = table(
+    made(both, make_run("one", {"1": result(a=(0.9, 0.9))})).markdown(),
+    "Held-out evaluation",
+  )
+  assert rows["mean", "of main metrics", "64"] == ["40.00", "–"]
+
+
+def test_seeds_of_one_model_have_a_mean(make_run):
+  runs = [
+    make_run(f"arm_seed{seed}", {"1": result(a=(score, score))})
+    for seed, score in ((0, 0.5), (1, 0.6))
+  ]
+  text = made(*runs, make_run("other_seed0", {"1": result(a=(0.0, 0.0))})).markdown()
+  assert "| arm | 2 | 55.00 | 50.00 | 60.00 |" in text
+  assert "other |" not in text
+
+
+def test_losses_have_a_section_where_less_is_better(make_run):
+  runs = [
+    make_run(name, {"1": {"dev": {"loss": loss}}})
+    for name, loss in (("a", 2.0), ("b", 3.0))
+  ]
+  rows = table(made(*runs).markdown(), "Held-out loss")
+  assert rows["dev", "loss", ""] == ["**2.000**", "3.000"]
+
+
+def test_curves_are_what_was_written(make_run, tmp_path):
+  scalars = [(step, {"loss": 10 / step, "nce/64": 1.0}) for step in range(1, 6)]
+  run = make_run("run", {}, scalars)
+  writer = EventWriter(run / "tensorboard")  # resumed at step 4
+  writer.scalars(5, {"loss": 7.0})
+  writer.close()
+  newest = max((run / "tensorboard").iterdir(), key=lambda file: file.name)
+  with newest.open("ab") as file:  # killed while it wrote
+    file.write(newest.read_bytes()[:20])
+  curve = records.read([str(run)]).runs[0].curves["loss"]
+  np.testing.assert_array_equal(curve.steps, [1, 2, 3, 4, 5])
+  np.testing.assert_allclose(curve.values, [10, 5, 10 / 3, 2.5, 7.0], rtol=1e-6)
+  html = made(run).html()
+  assert 'aria-label="Loss (run)"' in html
+  assert "currentColor" in html
+
+
+def test_what_users_wrote_is_text(make_run):
+  run = make_run("<b>run", {"1": result(**{"<i>": (0.1, 0.1)})}, [(1, {"loss": 1.0})])
+  html = made(run).html()
+  assert "<b>run" not in html
+  assert "<i>" not in html
+
+
+def test_ids_of_charts_are_their_own(make_run):
+  scalars = [(step, {"loss": 1.0, "real_token_share": 0.9}) for step in (1, 2)]
+  html = made(make_run("run", {}, scalars)).html()
+  ids = re.findall(r'\bid="([^"]+)"', html)
+  assert len(ids) == len(set(ids))
+  assert set(re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', html))
+
+
+def test_a_search_shows_its_mixtures(tmp_path):
+  trials = [
+    {
+      "index": index,
+      "role": "seed" if index == 0 else "proposed",
+      "rates": {"x": rate, "y": 1 - rate},
+      "scores": {"mean": score},
+      "state": "complete",
+      "seconds": 1.0,
+    }
+    for index, (rate, score) in enumerate([(0.5, 0.3), (0.2, 0.4)])
+  ]
+  trials.append({**trials[0], "index": 2, "scores": {}, "state": "failed"})
+  expert = {"name": "expert_1", "trial": 1, "chosen_for": "mean"}
+  expert |= {key: trials[1][key] for key in ("rates", "scores")}
+  content = {
+    "groups": {"x": 0.5, "y": 0.5},
+    "objectives": ["mean"],
+    "noise": {"mean": 0.01},
+    "trials": trials,
+    "experts": [expert],
+  }
+  (tmp_path / "search.json").write_text(json.dumps(content))
+  text = made(tmp_path)
+  assert "| expert_1 | 2 | mean | 40.00 | 0.200 | 0.800 |" in text.markdown()
+  assert "Trials: 2 complete, 1 failed" in text.markdown()
+  assert "mean 1.00 points" in text.markdown()
+  html = text.html()
+  assert html.index("2 expert_1") < html.index("1 seed")
+
+
+def test_places_are_principal_components():
+  generator = np.random.default_rng(0)
+  vectors = {"a": generator.normal(size=(20, 8)), "b": generator.normal(size=(5, 8))}
+  found = page.principal_components(vectors)
+  expected = PCA(2).fit_transform(np.concatenate(list(vectors.values())))
+  places = np.concatenate(list(found.values()))
+  signs = np.sign(np.sum(places * expected, axis=0))
+  np.testing.assert_allclose(places * signs, expected, atol=1e-9)
+  assert [len(of) for of in found.values()] == [20, 5]
+
+
+def test_damaged_files_are_named(make_run):
+  run = make_run("run", {})
+  (run / "evaluations.json").write_text("{")
+  with pytest.raises(DataError, match=r"evaluations.json: damaged"):
+    made(run)
