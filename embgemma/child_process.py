@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import IO
 
-_SECONDS_TO_END = 60  # of a child that is told to: a run saves before
+_SECONDS_TO_END = 60.0  # of a child that is told to: a run saves before
 
 # Of a Python that becomes a command: on Linux the kernel ends it with its parent.
 _ENDING_WITH_PARENT = """
@@ -16,20 +16,24 @@ prctl = getattr(ctypes.CDLL(None), "prctl", None)
 if prctl is not None:
   prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() == int(sys.argv[1]):
-  os.execv(sys.argv[2], sys.argv[2:])
+  os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
 @contextlib.contextmanager
 def child_process(
-  command: Sequence[str], log: IO[bytes], descriptors: Sequence[int] = ()
+  command: Sequence[str],
+  log: IO[bytes],
+  descriptors: Sequence[int] = (),
+  seconds_to_end: float = _SECONDS_TO_END,
 ) -> Iterator[subprocess.Popen[bytes]]:
   """A running command that ends with the block and, on Linux, with this process.
 
   Args:
-    command: Its first is the path of a program.
+    command: Its first is a program.
     log: Takes what it prints.
     descriptors: Of files that it shall have open, too.
+    seconds_to_end: Before it is killed, if it was told to end and has not.
   """
   starter = [sys.executable, "-c", _ENDING_WITH_PARENT, str(os.getpid())]
   started = subprocess.Popen(
@@ -44,7 +48,7 @@ def child_process(
   finally:
     started.terminate()
     try:
-      started.wait(_SECONDS_TO_END)
+      started.wait(seconds_to_end)
     except subprocess.TimeoutExpired:
       started.kill()
       started.wait()

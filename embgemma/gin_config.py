@@ -115,10 +115,15 @@ def register() -> None:
 
   gin.external_configurable(_type_checked("train", train), "train", module="embgemma")
 
-  def declared_data(tasks=(), modules=(), evaluations=types.MappingProxyType({})):
+  def declared_data(
+    tasks: Sequence[tasks.Task] = (),
+    modules: Sequence[str] = (),
+    evaluations: Mapping[str, Any] = types.MappingProxyType({}),
+  ) -> dict[str, Any]:
     return {"tasks": tasks, "modules": modules, "evaluations": evaluations}
 
-  gin.external_configurable(declared_data, "declared_data", module="embgemma")
+  checked = _type_checked("", declared_data)
+  gin.external_configurable(checked, "declared_data", module="embgemma")
 
 
 def _type_checked(name: str, constructor: Callable[..., Any]) -> Callable[..., Any]:
@@ -316,9 +321,31 @@ def declared_data() -> dict[str, Any]:
   return found | resolve("declared_data")
 
 
-def config() -> str:
-  """All that was read, in gin's words."""
-  return gin.config_str()
+def config(without: Sequence[str] = ()) -> list[str]:
+  """All that was read, in gin's words: lines, without comments.
+
+  Args:
+    without: Macros to leave out.
+  """
+  lines: list[str] = []
+  left_out = False
+  for line in gin.config_str().splitlines():
+    if not line or line.startswith("#"):
+      continue
+    if not line.startswith(" "):  # else the value of the line before goes on
+      left_out = line.partition(" = ")[0] in without
+    if not left_out:
+      lines.append(line)
+  return lines
+
+
+def is_bound(parameter: str) -> bool:
+  """Whether what was read binds a parameter, such as "Recipe.stages"."""
+  try:
+    gin.query_parameter(parameter)
+  except ValueError:
+    return False
+  return True
 
 
 def operative_config() -> str:

@@ -1,12 +1,15 @@
 """The command that runs a recipe: stages are other commands, each in a process."""
 
 import argparse
+import contextlib
+import io
 import pathlib
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from embgemma import flags
 from embgemma.commands.configuration import configure
 from embgemma.commands.messages import said_errors
 from embgemma.errors import ConfigError
@@ -25,18 +28,18 @@ def run_recipe(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   if options.jobs < 1:
     raise ConfigError(f"--jobs={options.jobs}: write 1 or more")
   configure(options, bindings)
+  if not gin_config.is_bound("Recipe.stages"):
+    raise ConfigError(
+      "gin: no recipe in what was given (a run is for `embgemma train`); give a "
+      "--gin_file with Recipe.stages, such as gin/recipes/tiny.gin"
+    )
   gin_config.check_required()
-  try:
-    recipe: Recipe = gin_config.resolve("Recipe")
-  except ConfigError as error:
-    if "'directory'" in str(error) or "'stages'" in str(error):
-      raise ConfigError(
-        "gin: no recipe; give a --gin_file of gin/recipes/ with stages"
-      ) from error
-    raise
+  recipe: Recipe = gin_config.resolve("Recipe")
   names = options.stages.split(",") if options.stages else list(recipe.stages)
   arms = recipe.closure(names)
-  stages = plan(recipe, _reader(options.gin_search_paths), options.gin_search_paths)
+  stages = plan(recipe, reader(options.gin_search_paths), options.gin_search_paths)
+  for stage in stages:
+    _check_flags(stage)
   wanted = {stage.name: stage for stage in stages if stage.arm in arms}
   if options.dry_run:
     print(_script(list(wanted.values())))
@@ -46,20 +49,42 @@ def run_recipe(options: argparse.Namespace, bindings: Sequence[str]) -> None:
     run(stages, wanted.keys(), root, options.jobs, View(Console()))
 
 
-def _reader(search_paths: str) -> Any:
+def reader(search_paths: str) -> Any:
   """What reads a stage's gin files; gin holds those of the last stage then."""
   from embgemma import gin_config
-  from embgemma.recipe.plan import Configuration
+  from embgemma.recipe.plan import FREE_MACROS, Configuration
 
   paths = [path for path in search_paths.split(",") if path]
 
-  def read(files: Sequence[str], bindings: Sequence[str]) -> Configuration:
+  def read(
+    files: Sequence[str], bindings: Sequence[str], complete: bool
+  ) -> Configuration:
     gin_config.parse(files, bindings, paths)
-    lines = gin_config.config().splitlines()
-    said = [line for line in lines if line and not line.startswith("#")]
-    return Configuration(said, **gin_config.declared_data())
+    if complete:
+      gin_config.check_required(allowed=("MODEL_DIR", "SEARCH_DIR"))
+    lines = gin_config.config(without=FREE_MACROS)
+    data = gin_config.declared_data()
+    return Configuration(lines, data["tasks"], data["modules"])
 
   return read
+
+
+def _check_flags(stage: Any) -> None:
+  """Refuses what the stage's command would: now, and not when its turn comes.
+
+  Raises:
+    ConfigError: naming the stage.
+  """
+  kept, _ = flags.split_gin_overrides(stage.arguments)
+  said = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(said):
+      flags.parser().parse_args(kept)
+  except SystemExit:
+    message = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+    raise ConfigError(
+      f"stage {stage.name!r}: `embgemma {stage.stage.command}`: {message}"
+    ) from None
 
 
 def _script(stages: Sequence[Any]) -> str:
@@ -75,7 +100,7 @@ def _script(stages: Sequence[Any]) -> str:
     ]
     if stage.stage.resources:
       notes.append(stage.stage.resources)
-    line = shlex.join(["embgemma", *stage.arguments])
+    line = shlex.join([*stage.stage.launcher, "embgemma", *stage.arguments])
     if seconds is not None:
       notes.append(f"complete ({seconds:.0f} s)")
       line = f"# {line}"

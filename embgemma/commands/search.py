@@ -2,7 +2,6 @@
 
 import argparse
 import pathlib
-import re
 from collections.abc import Sequence
 
 from embgemma.commands.configuration import configure
@@ -30,7 +29,7 @@ def run_search(
   arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
   stages.make_stage(*(arguments[name] for name in ("model", "objective", "data")))
   objectives = search.judged(tuple(arguments["evaluations"]))
-  settings = _shared_settings(gin_config.config())
+  settings = "\n".join(gin_config.config(without=_OWN))
   ensure_cached(arguments["data"], command_line)
   manifest = cache.manifest(arguments["data"])
   assert manifest is not None
@@ -64,13 +63,6 @@ def run_search(
   if not result.experts:
     raise ConfigError(f"no trial of {search.url} succeeded; see {directory / 'trials'}")
   print(results.markdown(result))
-
-
-def _shared_settings(config: str) -> str:
-  """The configuration without what each worker may have of its own."""
-  own = re.compile(rf"^({'|'.join(_OWN)}) = ")
-  lines = (line for line in config.splitlines() if line and not line.startswith("#"))
-  return "\n".join(line for line in lines if not own.match(line))
 
 
 def _train_flags(options: argparse.Namespace, bindings: Sequence[str]) -> list[str]:

@@ -64,7 +64,8 @@ def conclude(
   """Chooses the experts of a search.
 
   The first is the best of the mean of objectives, the next the best of each objective
-  in turn, by scores without noise; none is close to another.
+  in turn, by scores without noise; none is close to another, but where too few are
+  unlike each other.
 
   Args:
     plan: Of the search.
@@ -106,6 +107,10 @@ def _choose(
       if apart > _LEAST_DISTANCE and len(chosen) < count:
         chosen[row] = name
         break
+  # Fewer are unlike each other than are wanted: then the next best, however alike.
+  for row in map(int, np.argsort(-columns[0][1])):
+    if len(chosen) < count:
+      chosen.setdefault(row, columns[0][0])
   return [
     Expert(
       name=f"expert_{number}",

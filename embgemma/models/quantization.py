@@ -263,7 +263,7 @@ def int4_block32(table: str = "q4_0") -> Quantization:
 
 
 def mixed_channel() -> Quantization:
-  """Attention as int8, all else as int4, per channel (arXiv 2509.20354, section 2.3)."""
+  """Attention int8, all else int4, per channel (arXiv 2509.20354, section 2.3)."""
   return Quantization(
     (
       (f"/attention/.*{_KERNEL}$", "int8_channel"),

@@ -11,6 +11,7 @@ from typing import Any
 from embgemma.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_RESERVED = ("complete", "locks", "logs")  # directories of a recipe's own
 _REFERENCE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)\}")
 
 
@@ -59,10 +60,12 @@ class Stage:
     gin_files: Of --gin_file, in order; a tuple among them is its members.
     macros: Of --gin.NAME=VALUE, where '@ul2()' or '(@Nce(),)' are references; of
       several mappings, later ones over earlier.
-    flags: Of --NAME=VALUE; a list repeats the flag, True is a switch. Of several
-      mappings likewise.
+    flags: Of --NAME=VALUE; a list repeats the flag, True is a switch, False and None
+      are as if not there. Of several mappings likewise.
     inputs: Arguments without a name: the checkpoints of a soup.
     after: Names of stages that must be complete, beside those referred to.
+    launcher: Words before the command, such as ("srun", "--nodes=16"), with the switch
+      "multiprocess" among the flags.
     shared: Whether there is one for all seeds of a recipe.
     resources: What it needs of a cluster, in words, such as "v5e:16x16"; shown by
       --dry_run.
@@ -77,6 +80,7 @@ class Stage:
   flags: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
   inputs: Sequence[str] = ()
   after: Sequence[str] = ()
+  launcher: Sequence[str] = ()
   shared: bool = False
   resources: str = ""
 
@@ -150,6 +154,8 @@ class Stage:
     """Of the command line, but where it writes."""
     flags = []
     for name, value in self.all_flags.items():
+      if value is None or value is False:
+        continue
       if value is True:
         flags.append(f"--{name}")
         continue
@@ -204,6 +210,10 @@ class Recipe:
       if not _NAME.fullmatch(name):
         raise ConfigError(
           f"stage name {name!r}: use letters, digits and '_', a letter first"
+        )
+      if name in _RESERVED:
+        raise ConfigError(
+          f"stage name {name!r}: RECIPE_DIR/{name} is the recipe's own; choose another"
         )
       for needed in stage.needs:
         if needed not in self.stages:

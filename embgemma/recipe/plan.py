@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,8 +26,13 @@ from embgemma.recipe.config import CONFIGURED, OUTPUTS, Recipe, Stage
 
 RECIPE_FILE = "recipe.json"
 _UPSTREAM = "<stage "
-# Macros that change no result.
-_FREE = ("CACHE_DIR", "PROFILE_STEPS", "SEARCH_STORAGE")
+FREE_MACROS = ("CACHE_DIR", "PROFILE_STEPS", "SEARCH_STORAGE")
+"""Those that change no result."""
+_FREE_FLAGS = (
+  *("max_cost", "price", "texts_per_minute", "tokens_per_minute"),
+  *("tokens_per_batch", "keep_work", "multiprocess"),
+)
+_QUOTED = re.compile(r"""'([^'\n]+)'|"([^"\n]+)\"""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,20 +40,18 @@ class Configuration:
   """What a stage's gin files and macros say.
 
   Attributes:
-    lines: All of it, in gin's words.
+    lines: All of it that changes results, in gin's words.
     tasks: That it declares.
     modules: Python modules that register others.
-    evaluations: Its EVALUATIONS.
   """
 
   lines: Sequence[str]
   tasks: Sequence[Task]
   modules: Sequence[str]
-  evaluations: Mapping[str, Any]
 
 
-ReadConfiguration = Callable[[Sequence[str], Sequence[str]], Configuration]
-"""Gin files and NAME=VALUE to what they say."""
+ReadConfiguration = Callable[[Sequence[str], Sequence[str], bool], Configuration]
+"""Gin files, NAME=VALUE, and whether that is all of a run, to what they say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +121,18 @@ class PlannedStage:
   @property
   def command(self) -> list[str]:
     """Of a process on this machine."""
-    return [sys.executable, "-m", "embgemma", *self.arguments]
+    return [*self.stage.launcher, sys.executable, "-m", "embgemma", *self.arguments]
 
   def seconds(self) -> float | None:
     """What it took, if it is complete.
 
+    What writes into CACHE_DIR never is: that may be another by now, and the command
+    finds out in a moment.
+
     Raises:
       DataError: its record is damaged.
     """
-    if self.writes and not self.directory.exists():
+    if not self.writes or not self.directory.exists():
       return None
     try:
       return float(json.loads(self.record.read_text())["seconds"])
@@ -179,58 +186,67 @@ def _content(
 ) -> list[Any]:
   """All that a stage's results depend on, as JSON."""
   named = stage.with_references(lambda of: f"{_UPSTREAM}{planned[of].key}>")
+  flags = {name: of for name, of in named.all_flags.items() if name not in _FREE_FLAGS}
   before = [planned[name].key for name in stage.after]
-  own: list[Any] = [embgemma.__version__, stage.command, named.all_flags, named.inputs]
-  own.append(before)
-  macros = [path for path in _paths(named.all_macros) if _holds_model(path)]
-  paths = [*macros, *_paths(named.all_flags), *named.inputs]
+  own: list[Any] = [embgemma.__version__, stage.command, flags, named.inputs, before]
+  texts = [*_texts(list(flags.values())), *named.inputs]
   if stage.command in CONFIGURED:
     # Files that another stage makes are known by its key.
     made = [file for file in named.all_files if _UPSTREAM in file]
     given = [file for file in named.all_files if _UPSTREAM not in file]
-    configuration = read(given, named.bindings)
+    complete = stage.command in ("train", "search") and not made
+    configuration = read(given, named.bindings, complete)
     tasks = [t for t in configuration.tasks if _UPSTREAM not in repr(t.source)]
     own += [
       made,
-      _free_of(configuration.lines),
+      configuration.lines,
       [task.fingerprint() for task in tasks],
       [module_fingerprint(module) for module in configuration.modules],
     ]
-    paths += _paths(configuration.evaluations)
-  return [own, [_stamps(path) for path in paths]]
+    found = (_QUOTED.findall(line) for line in configuration.lines)
+    texts += [one or other for quoted in found for one, other in quoted]
+  return [own, [_stamps(path) for path in sorted(set(map(_path, texts)))]]
 
 
-def _free_of(lines: Sequence[str]) -> list[str]:
-  """Lines of a configuration that change results."""
-  free = tuple(f"{name} = " for name in _FREE)
-  return [line for line in lines if not line.startswith(free)]
+def _texts(value: Any) -> list[str]:
+  """All strings in flags' values."""
+  if isinstance(value, str):
+    return [value]
+  if isinstance(value, list | tuple):
+    return [text for of in value for text in _texts(of)]
+  return []
 
 
-def _paths(values: Mapping[str, Any]) -> list[str]:
-  """Of files and directories, in evaluations and flags."""
-  found = []
-  for value in values.values():
-    for entry in value if isinstance(value, list | tuple) else (value,):
-      text = entry.get("path") if isinstance(entry, Mapping) else entry
-      if isinstance(text, str):
-        # --data=NAME=PATH:KIND
-        found.append(text.rpartition("=")[2].partition(":")[0])
-  return found
+def _path(text: str) -> str:
+  """The path in what a flag or macro says; "" if it is none.
 
-
-def _holds_model(path: str) -> bool:
-  return os.path.exists(os.path.join(path, "model.json"))
+  NAME=PATH:KIND of --data, sentence_transformers:DIR and the like are known by what is
+  there.
+  """
+  _, _, after = text.partition("=")
+  _, _, prefixed = text.partition(":")
+  for candidate in (text, after, after.rpartition(":")[0], prefixed):
+    # Words without a separator are settings: a file of that name would be chance.
+    if re.search(r"[/.]", candidate) and os.path.exists(candidate):
+      return candidate
+  return ""
 
 
 def _stamps(path: str) -> list[Any]:
-  """Of the files under a path, sizes and times; of a MODEL_DIR, its steps.
+  """Sizes and times of a file, or of those under a directory; [] of no path.
 
-  [] of what is no path.
+  Of a MODEL_DIR it is its weights and description.
   """
-  if not path or files.is_remote(path) or _UPSTREAM in path:
+  if not path:
     return []
-  if _holds_model(path):
-    return sorted(os.listdir(os.path.join(path, "checkpoints")))
-  below = glob.glob(f"{glob.escape(path)}/**", recursive=True)
-  found = sorted({path, *below})
-  return [files.fingerprint(file) for file in found if os.path.isfile(file)]
+  below = [path]
+  if os.path.isdir(path):
+    model = os.path.join(path, "model.json")
+    roots = [os.path.join(path, "checkpoints")] if os.path.exists(model) else [path]
+    below = [model] if os.path.exists(model) else []
+    below += [
+      file
+      for root in roots
+      for file in glob.glob(f"{glob.escape(root)}/**", recursive=True)
+    ]
+  return [files.fingerprint(file) for file in sorted(below) if os.path.isfile(file)]

@@ -6,7 +6,7 @@ import os
 import pathlib
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from embgemma import outputs
 from embgemma.child_process import child_process
@@ -16,6 +16,7 @@ from embgemma.recipe.view import StageStatus, View
 
 _POLL_SECONDS = 0.5
 _TAIL_BYTES = 4096
+_SECONDS_TO_END = 120.0  # of a stage that is told to: a search waits for its trial
 
 
 def run(
@@ -70,7 +71,7 @@ class _Run:
   def run(self, jobs: int) -> None:
     running: dict[str, _Running] = {}
     self._changed()
-    with contextlib.ExitStack() as exits:
+    with contextlib.ExitStack() as exits, self._stopping(running):
       while True:
         for name in self._ready():
           if len(running) < jobs and (process := self._start(name, exits)):
@@ -90,6 +91,18 @@ class _Run:
       raise RecipeError(
         f"{', '.join(failed)} failed: see {logs}; mend it and run the recipe again"
       )
+
+  @contextlib.contextmanager
+  def _stopping(self, running: Mapping[str, "_Running"]) -> Iterator[None]:
+    """Tells all stages to end where the block does early, before any is waited for."""
+    try:
+      yield
+    except BaseException:
+      for name, process in running.items():
+        process.terminate()
+        self._status[name] = StageStatus(self._stages[name], "waiting", None)
+      self._write()
+      raise
 
   def _ready(self) -> list[str]:
     return [
@@ -116,6 +129,8 @@ class _Run:
       own.close()
       self._set(name, "complete", seconds)
       return None
+    # Until it is done again; its directory may have been deleted, and be half of one.
+    stage.record.unlink(missing_ok=True)
     process = _Running(stage, lock, exits.enter_context(own))
     self._set(name, "running", None)
     return process
@@ -144,6 +159,11 @@ class _Run:
     for status in self._status.values():
       if status.stage.writes and status.state in ("running", "complete"):
         _point(self._root / status.stage.name, status.stage.directory.name)
+      elif status.state == "waiting":
+        _point(self._root / status.stage.name, None)
+    self._write()
+
+  def _write(self) -> None:
     values = {name: status.to_json() for name, status in self._status.items()}
     with outputs.new_file(self._root / RECIPE_FILE) as file:
       file.write(json.dumps({"stages": values}, indent=1).encode() + b"\n")
@@ -176,7 +196,7 @@ class _Running:
     stage.log.parent.mkdir(parents=True, exist_ok=True)
     log = self._exits.enter_context(stage.log.open("ab"))
     self._process: subprocess.Popen[bytes] = self._exits.enter_context(
-      child_process(stage.command, log, (lock,))
+      child_process(stage.command, log, (lock,), _SECONDS_TO_END)
     )
 
   def code(self) -> int | None:
@@ -184,6 +204,10 @@ class _Running:
     code = self._process.poll()
     self.seconds = time.monotonic() - self._began
     return code
+
+  def terminate(self) -> None:
+    """Tells it to end."""
+    self._process.terminate()
 
   def last_line(self) -> str:
     """What it printed last."""
@@ -201,14 +225,14 @@ def _last_line(log: pathlib.Path) -> str:
   return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _point(link: pathlib.Path, target: str) -> None:
-  """Makes a symbolic link, in place of another."""
-  with contextlib.suppress(OSError):
-    if os.readlink(link) == target:
-      return
-  if os.path.lexists(link) and not link.is_symlink():
-    return  # someone's own
-  made = link.with_name(f".{link.name}.link")
-  made.unlink(missing_ok=True)
+def _point(link: pathlib.Path, target: str | None) -> None:
+  """Makes a symbolic link, in place of another; None leaves none."""
+  current = os.readlink(link) if link.is_symlink() else None
+  if current == target or (current is None and os.path.lexists(link)):
+    return  # or someone's own
+  if target is None:
+    link.unlink(missing_ok=True)
+    return
+  made = link.with_name(f".{link.name}.{os.getpid()}")
   os.symlink(target, made)
   os.replace(made, link)

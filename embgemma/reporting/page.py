@@ -8,9 +8,11 @@ import importlib.resources
 import itertools
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from embgemma.evaluation import report
@@ -54,6 +56,7 @@ class Table:
     """Lines; the best of a row in bold."""
     rule = ["---:" if i in self.numbers else "---" for i in range(len(self.heads))]
     lines = [f"### {self.title}", ""] if self.title else []
+    heads = [head.replace("|", "\\|") for head in self.heads]
     rows = [
       [
         f"**{cell}**" if (i, j) in self.best else cell.replace("|", "\\|")
@@ -63,7 +66,7 @@ class Table:
     ]
     return [
       *lines,
-      *(f"| {' | '.join(row)} |" for row in (self.heads, rule, *rows)),
+      *(f"| {' | '.join(row)} |" for row in (heads, rule, *rows)),
       "",
     ]
 
@@ -120,8 +123,6 @@ class Page:
 
   def html(self) -> str:
     """One file, for a browser without a network."""
-    import jinja2
-
     source = importlib.resources.files(__package__) / "page.html"
     environment = jinja2.Environment(
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -166,14 +167,17 @@ def page(records: Records, title: str, places: Mapping[str, np.ndarray]) -> Page
   if records.stages:
     complete = sum(stage.state == "complete" for stage in records.stages)
     cards["stages complete"] = f"{complete} of {len(records.stages)}"
-    cards["in all stages"] = duration(sum(seconds))
+    cards["in all stages"] = duration(float(sum(seconds)))
   scored = {
     name: mean_score(of)
     for name, of in results.items()
     if name != "BM25" and _of_embedder(of)
   }
   if scored:
-    best = max(scored, key=lambda name: scored[name])
+    # Means of other tasks are no rivals.
+    sets = [frozenset(results[name]) for name in scored]
+    usual = max(sets, key=sets.count)
+    best = max(scored, key=lambda name: (set(results[name]) == usual, scored[name]))
     cards[f"best mean score: {best}"] = f"{100 * scored[best]:.2f}"
   systems = dict.fromkeys(_hardware(run.system) for run in records.runs if run.system)
   if systems:
@@ -189,8 +193,8 @@ def _of_embedder(results: TaskResults) -> bool:
 
 
 def final_results(records: Records) -> dict[str, TaskResults]:
-  """Of each model that was evaluated, its last results by its name."""
-  found = {run.name: run.final for run in records.runs if run.final}
+  """Of each model that is done and was evaluated, its last results by its name."""
+  found = {run.name: run.final for run in records.runs if run.complete and run.final}
   for evaluation in records.evaluations:
     for column, of in evaluation.results.items():
       found[_KEY.sub("", column)] = of
@@ -212,7 +216,10 @@ def _recipe_section(records: Records) -> list[Section]:
   ]
   heads = ["stage", "state", "time", "command", "reads"]
   commands = [
-    Detail(f"command of {stage.name}", "embgemma " + " \\\n  ".join(stage.command))
+    Detail(
+      f"command of {stage.name}",
+      "embgemma " + " \\\n  ".join(map(shlex.quote, stage.command)),
+    )
     for stage in records.stages
   ]
   table = Table(heads, rows, numbers=frozenset({2}))
@@ -273,16 +280,23 @@ def _seeds_section(results: Mapping[str, TaskResults]) -> list[Section]:
 
 
 def _mean_results(seeds: Sequence[TaskResults]) -> TaskResults:
+  """Of the tasks and metrics that all have."""
+  tasks = [task for task in seeds[0] if all(task in of for of in seeds)]
   return {
-    task: {key: float(np.mean([of[task][key] for of in seeds])) for key in metrics}
-    for task, metrics in seeds[0].items()
+    task: {
+      key: float(np.mean([of[task][key] for of in seeds]))
+      for key in seeds[0][task]
+      if all(key in of[task] for of in seeds)
+    }
+    for task in tasks
   }
 
 
 def _mean_rows(results: Mapping[str, TaskResults]) -> list[list[str]]:
   """Means over tasks of main metrics, of models that have them all at a width."""
-  keys = [key for of in results.values() for metrics in of.values() for key in metrics]
-  widths = {int(key.rpartition("/")[2]) for key in keys if key[-1].isdigit()}
+  keys = {key for of in results.values() for metrics in of.values() for key in metrics}
+  parts = [key.partition("/") for key in keys]  # those of BM25 have no width
+  widths = {int(width) for name, _, width in parts if name in MAIN_METRICS and width}
   tasks = {task for of in results.values() for task in of}
   rows = []
   for width in sorted(widths, reverse=True):
@@ -412,7 +426,10 @@ def _evaluation_curves(run: Run) -> dict[str, Curve]:
   curves = {
     task: Curve(numbers, np.array([scale * of[task] for of in scores]))
     for task in scores[-1]
+    if all(task in of for of in scores)
   }
+  if not curves:
+    return {}
   mean = np.mean([curve.values for curve in curves.values()], axis=0)
   return {"mean": Curve(numbers, mean), **curves}
 
@@ -434,8 +451,12 @@ def _hardware(system: Mapping[str, Any]) -> str:
 
 def _lineage(run: Run) -> str:
   facts = []
-  start = re.search(r"^INITIAL_CHECKPOINT_PATH = '(.*)'$", run.gin, re.MULTILINE)
-  if start:
+  # gin puts a long value on a line of its own; an argument of None goes over a macro.
+  start = re.search(
+    r"^INITIAL_CHECKPOINT_PATH = (?:\\\s+)?'(.*)'$", run.gin, re.MULTILINE
+  )
+  random = "train.initial_checkpoint_path = None" in run.gin
+  if start and not random:
     facts.append(f"from {start[1]}")
   if run.description.get("lineage"):
     facts.append(f"lineage {run.description['lineage']}")

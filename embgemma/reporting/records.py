@@ -45,6 +45,7 @@ class Run:
     system: Hardware and versions, where the run noted them.
     adaptation: Where its first parameters came from, where they were adapted.
     seconds: From its first point to its last, pauses included.
+    complete: Whether nothing is to be done in it; a recipe says so of its stages.
   """
 
   name: str
@@ -57,6 +58,7 @@ class Run:
   system: Mapping[str, Any]
   adaptation: Mapping[str, Any]
   seconds: float | None
+  complete: bool = True
 
   @property
   def final(self) -> TaskResults:
@@ -117,7 +119,7 @@ def read(paths: Sequence[str]) -> Records:
   found: list[Run | Search | Evaluation] = []
   for path in map(pathlib.Path, paths):
     if (path / _RECIPE).exists():
-      rows, outputs = _recipe(path)
+      rows, outputs = _recipe(path, f"{path.resolve().name}/" if len(paths) > 1 else "")
       stages += rows
       found += outputs
       continue
@@ -136,14 +138,17 @@ def read(paths: Sequence[str]) -> Records:
   )
 
 
-def _recipe(path: pathlib.Path) -> tuple[list[StageRow], list[Any]]:
+def _recipe(path: pathlib.Path, prefix: str) -> tuple[list[StageRow], list[Any]]:
+  """Its stages, and what they left, by names that begin with `prefix`."""
   stages, outputs = [], []
   content = _json(path / _RECIPE)
   for name, stage in content["stages"].items():
     fields = ("state", "seconds", "needs", "command")
-    stages.append(StageRow(name, *(stage[field] for field in fields)))
+    stages.append(StageRow(prefix + name, *(stage[field] for field in fields)))
     if stage["directory"] is not None and stage["state"] != "waiting":
-      record = _record(name, path / stage["directory"])
+      record = _record(prefix + name, path / stage["directory"])
+      if isinstance(record, Run) and stage["state"] != "complete":
+        record = dataclasses.replace(record, complete=False)
       outputs += [] if record is None else [record]
   return stages, outputs
 
@@ -156,8 +161,26 @@ def _record(name: str, path: pathlib.Path) -> Run | Search | Evaluation | None:
     return _run(name, path)
   for file in (path / _RESULTS, path):
     if file.is_file() and file.suffix == ".json":
-      return Evaluation(name, _json(file))
+      return Evaluation(name, _results(file))
   return None
+
+
+def _results(file: pathlib.Path) -> dict[str, TaskResults]:
+  """Of `embgemma eval --output`: model, task, metric.
+
+  Raises:
+    DataError: the file holds something else.
+  """
+  content = _json(file)
+  try:
+    values = [
+      v for of in content.values() for task in of.values() for v in task.values()
+    ]
+  except AttributeError:
+    values = [None]
+  if not all(isinstance(value, float | int) for value in values):
+    raise DataError(f"{file}: not what `embgemma eval --output` writes")
+  return content
 
 
 def _run(name: str, path: pathlib.Path) -> Run:

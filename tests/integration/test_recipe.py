@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,39 @@ def test_a_change_runs_what_reads_it(workspace, files, done):
   assert os.readlink(directory / "two") == before["two"]
 
 
+def test_a_deleted_directory_is_made_again_whole(workspace, files, done, tmp_path):
+  directory = tmp_path / "copy"
+  shutil.copytree(done[0], directory, symlinks=True)
+  soup = directory / os.readlink(directory / "soup")
+  shutil.rmtree(soup)
+  bad = "--gin.soup/Stage.inputs=('{one}', '{two}', 'nothing')"
+  assert workspace.run("recipe", *flags(files, directory, bad)).returncode == 1
+  again = workspace.run("recipe", *flags(files, directory))
+  assert re.findall(r"^(\w+): running", again.stdout, re.MULTILINE) == ["soup"]
+  assert_equal(directory / "soup", done[0] / "soup")
+
+
+def test_two_at_once_share_the_stages(workspace, files, done, tmp_path):
+  directory = tmp_path / "shared"
+  command = [sys.executable, "-m", "embgemma", "recipe"]
+  both = [
+    subprocess.Popen(
+      [*command, *flags(files, directory)],
+      env=workspace.environment,
+      cwd=workspace.root,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for _ in range(2)
+  ]
+  said = [process.communicate() for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  ran = [re.findall(r"^(\w+): running", out, re.MULTILINE) for out, _ in said]
+  assert sorted(ran[0] + ran[1]) == ["base", "evaluation", "one", "soup", "two"]
+  assert_equal(directory / "soup", done[0] / "soup")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_recipe_goes_on(workspace, files, done, tmp_path, signum):
   directory = tmp_path / "killed"
@@ -190,6 +224,7 @@ def test_some_stages(workspace, files, tmp_path):
     ("--gin.one/Stage.macros={'TRAIN_STEPS': '{bse}'}", "did you mean {base}?"),
     ("--gin.one/Stage.macros={'TRAIN_STEP': 3}", "stage 'one': --gin.TRAIN_STEP: no"),
     ("--gin.one/Stage.command=tran", "Stage.command 'tran' is none of a recipe's"),
+    ("--gin.soup/Stage.flags={'lest': 3}", "stage 'soup': `embgemma soup`: unrecog"),
     ("--stages=three", "no stage three; there are base, one"),
     ("--jobs=0", "--jobs=0: write 1 or more"),
   ],

@@ -39,9 +39,15 @@ def test_the_best_of_all_then_of_each_objective(trials):
 
 def test_no_two_experts_are_alike(trials):
   twins = [*trials, record(11, 1 - 1e-6, trials[10].scores)]
-  chosen = results.conclude(PLAN, twins, 12).experts
+  chosen = results.conclude(PLAN, twins, 3).experts
   rates = [e.rates["qa"] for e in chosen]
   assert (1.0 in rates) + (1 - 1e-6 in rates) == 1
+
+
+def test_there_are_as_many_experts_as_wanted_where_trials_are(trials):
+  twins = [*trials, record(11, 1 - 1e-6, trials[10].scores)]
+  assert len(results.conclude(PLAN, twins, 12).experts) == 12
+  assert len(results.conclude(PLAN, twins, 20).experts) == 12
 
 
 def test_one_lucky_trial_is_no_expert(trials):

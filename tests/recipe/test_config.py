@@ -48,7 +48,10 @@ def test_later_macros_go_over_earlier_ones_and_lists_repeat_a_flag():
     "eval",
     gin_files=("a.gin",),
     macros=({"A": 1, "B": 2}, {"A": 3}),
-    flags={"checkpoint": "c", "bm25": True, "data": ("x=1", "y=2")},
+    flags=(
+      {"checkpoint": "c", "bm25": True, "overwrite": True, "widths": "8"},
+      {"data": ("x=1", "y=2"), "overwrite": False, "widths": None},
+    ),
   )
   assert stage.arguments == [
     "--gin_file=a.gin",
@@ -144,6 +147,7 @@ def test_seeds_repeat_what_is_not_shared():
     (lambda: Stage("soup", gin_files=("a",)), "`embgemma soup` takes no gin files"),
     (lambda: Stage(macros={"TASKS": object()}), "write a literal, or a reference in"),
     (lambda: make(), "Recipe.stages is empty"),
+    (lambda: make(logs=Stage()), "'logs': RECIPE_DIR/logs is the recipe's own"),
     (lambda: make(**{"a-b": Stage()}), "stage name 'a-b': use letters, digits"),
     (
       lambda: make(base=Stage(), b=Stage(macros={"P": "{bass}"})),

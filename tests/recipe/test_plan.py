@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from embgemma.commands.recipe import _reader
-from embgemma.errors import DataError
+from embgemma.commands.recipe import reader
+from embgemma.errors import ConfigError, DataError
 from embgemma.gin_config import register
 from embgemma.recipe.config import Recipe, Stage
 from embgemma.recipe.plan import plan
@@ -43,7 +43,7 @@ def recipe(tmp_path, pairs):
 
 
 def keys(recipe):
-  return {stage.name: stage.key for stage in plan(recipe, _reader(""))}
+  return {stage.name: stage.key for stage in plan(recipe, reader(""))}
 
 
 def changed(recipe, name, **fields):
@@ -90,9 +90,10 @@ def test_evaluation_data_counts(recipe, pairs, tmp_path):
   }
 
 
-@pytest.mark.parametrize("macro", ["CACHE_DIR"])
-def test_where_caches_are_changes_nothing(recipe, macro):
-  macros = {**recipe.stages["base"].macros, macro: "elsewhere"}
+@pytest.mark.parametrize("macro", ["CACHE_DIR", "PROFILE_STEPS"])
+@pytest.mark.parametrize("value", ["elsewhere", "/a/long/path" * 10])
+def test_where_caches_are_changes_nothing(recipe, macro, value):
+  macros = {**recipe.stages["base"].macros, macro: value}
   assert differing(recipe, changed(recipe, "base", macros=macros)) == set()
 
 
@@ -100,21 +101,54 @@ def test_resources_change_nothing(recipe):
   assert differing(recipe, changed(recipe, "base", resources="v5e:4x4")) == set()
 
 
-def test_the_steps_of_a_checkpoint_given_count(recipe, tmp_path):
-  given = tmp_path / "given"
-  (given / "checkpoints" / "1").mkdir(parents=True)
-  (given / "model.json").write_text("{}")
+def given_model(directory):
+  (directory / "checkpoints" / "0").mkdir(parents=True)
+  (directory / "checkpoints" / "0" / "weights").write_text("0")
+  (directory / "model.json").write_text("{}")
+  return directory
+
+
+@pytest.mark.parametrize("name", ["given", "rate=0.1", "a:b"])
+def test_the_weights_of_a_checkpoint_given_count(recipe, tmp_path, name):
+  given = given_model(tmp_path / name)
   macros = ({"INITIAL_CHECKPOINT_PATH": str(given)}, recipe.stages["other"].macros)
   recipe = changed(recipe, "other", macros=macros)
   before = keys(recipe)
-  (given / "checkpoints" / "2").mkdir()
+  (given / "tensorboard").mkdir()  # no weights
+  assert keys(recipe) == before
+  os.utime(given / "checkpoints" / "0" / "weights", (0, 0))
   assert {name for name, key in keys(recipe).items() if key != before[name]} == {
     "other"
   }
 
 
+@pytest.mark.parametrize("prefix", ["", "sentence_transformers:"])
+def test_the_files_of_flags_count(tmp_path, pairs, prefix):
+  searcher = tmp_path / "searcher"
+  searcher.mkdir()
+  (searcher / "model.safetensors").write_text("0")
+  macros = {"JSONL_TASKS": {"pairs": str(pairs)}}
+  flags = {"searcher": f"{prefix}{searcher}"}
+  stage = Stage("mine", gin_files=_FILES, macros=macros, flags=flags)
+  recipe = Recipe(str(tmp_path / "r"), {"mined": stage})
+  before = keys(recipe)
+  (searcher / "model.safetensors").write_text("other")
+  assert keys(recipe) != before
+  before = keys(recipe)
+  free = dataclasses.replace(stage, flags={**flags, "keep_work": True})
+  assert keys(dataclasses.replace(recipe, stages={"mined": free})) == before
+
+
+def test_data_of_an_evaluation_count(tmp_path, pairs):
+  flags = {"checkpoint": "none", "data": [f"own={pairs}:qa"]}
+  recipe = Recipe(str(tmp_path / "r"), {"evaluation": Stage("eval", flags=flags)})
+  before = keys(recipe)
+  os.utime(pairs, (0, 0))
+  assert keys(recipe) != before
+
+
 def test_a_stage_is_complete_once_recorded(recipe):
-  base = plan(recipe, _reader(""))[0]
+  base = plan(recipe, reader(""))[0]
   assert base.seconds() is None
   base.root.mkdir()
   base.write_record(12.5)
@@ -125,6 +159,21 @@ def test_a_stage_is_complete_once_recorded(recipe):
   base.record.write_text("{")
   with pytest.raises(DataError, match="damaged; delete it, and the stage runs again"):
     base.seconds()
+
+
+def test_what_writes_into_caches_is_never_complete(tmp_path, pairs):
+  macros = {"JSONL_TASKS": {"pairs": str(pairs)}}
+  stage = Stage("cache", gin_files=_FILES, macros=macros)
+  (cached,) = plan(Recipe(str(tmp_path / "r"), {"cached": stage}), reader(""))
+  cached.root.mkdir()
+  cached.write_record(1.0)
+  assert cached.seconds() is None
+
+
+def test_a_missing_macro_is_said_before_anything_runs(recipe):
+  macros = {**recipe.stages["other"].macros, "BATCH_SIZE": "%gin.REQUIRED"}
+  with pytest.raises(ConfigError, match="stage 'other': .*--gin.BATCH_SIZE"):
+    keys(changed(recipe, "other", macros=macros))
 
 
 def test_missing_data_names_the_stage(recipe, pairs):

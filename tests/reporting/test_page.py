@@ -62,6 +62,44 @@ def test_results_are_the_last_steps_side_by_side(make_run):
   assert text.cards["best mean score: one"] == "50.00"
 
 
+def test_bm25_has_no_width(make_run, tmp_path):
+  run = make_run("one", {"1": result(a=(0.5, 0.3))})
+  file = tmp_path / "results.json"
+  of_eval = {"soup-0123abcd": result(a=(0.6, 0.2)), "BM25": {"a": {"ndcg@10": 0.4}}}
+  file.write_text(json.dumps(of_eval))
+  rows = table(made(run, file).markdown(), "Held-out evaluation")
+  assert rows["a", "ndcg@10", "16"] == ["30.00", "20.00", "**40.00**"]
+  assert rows["mean", "of main metrics", "64"] == ["50.00", "**60.00**", "–"]
+
+
+def test_other_json_is_refused(tmp_path):
+  for content in ({"a": 1}, [1], {"a": {"b": {"c": "d"}}}):
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="not what `embgemma eval --output` writes"):
+      made(file)
+
+
+def test_what_is_not_done_has_no_results(make_run, tmp_path):
+  for name, score in (("done", 0.5), ("begun", 0.9)):
+    make_run(name, {"1": result(a=(score, score))})
+  stages = {
+    name: {
+      "state": state,
+      "seconds": None,
+      "needs": [],
+      "command": ["train"],
+      "directory": name,
+    }
+    for name, state in (("done", "complete"), ("begun", "running"))
+  }
+  (tmp_path / "recipe.json").write_text(json.dumps({"stages": stages}))
+  text = made(tmp_path)
+  rows = table(text.markdown(), "Held-out evaluation")
+  assert rows["a", "ndcg@10", "64"] == ["50.00"]
+  assert text.cards["stages complete"] == "1 of 2"
+
+
 def test_a_model_without_a_task_has_no_mean(make_run):
   both = make_run("both", {"1": result(a=(0.5, 0.3), b=(0.3, 0.3))})
   rows = table(
