@@ -43,15 +43,22 @@ def register() -> None:
   from embgemma.mining import bm25, vectors
   from embgemma.mining import filters as mining_filters
   from embgemma.mixture_search import config as search_config
-  from embgemma.models import config
+  from embgemma.models import config, quantization
   from embgemma.recipe import config as recipe_config
   from embgemma.training import initial_checkpoint, loop, optimizers, partitioning
 
   for module, names in (
     (
       config,
-      ("TransformerConfig", "EmbedderConfig", "BackboneConfig", "LoraConfig"),
+      (
+        "TransformerConfig",
+        "EmbedderConfig",
+        "BackboneConfig",
+        "LoraConfig",
+        "QuantizationConfig",
+      ),
     ),
+    (quantization, ("int8_block32", "int4_block32", "mixed_channel")),
     (denoising, ("Denoising",)),
     (
       denoisers,

@@ -238,12 +238,18 @@ class CachedData(abc.ABC):
         sorted((task.name, task.rate, task.symmetric) for task in self.selected()),
         *self.record_key(),
         vocabulary,
-        sorted(self.rates.items()) if isinstance(self.rates, Mapping) else self.rates,
         *self.reading_key(),
       ]
     )
     name = f"{self.mixture_or_task_name}-{key}.json"
     return self.cache_root / "mixtures" / name
+
+  def mixture_key(self) -> str:
+    """What tells mixtures apart, rates included: the same for the same batches."""
+    rates = (
+      sorted(self.rates.items()) if isinstance(self.rates, Mapping) else self.rates
+    )
+    return f"{self.manifest_path().stem}-{digest(rates)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -21,7 +22,13 @@ from embgemma.interop import conversion
 from embgemma.losses.matryoshka import truncate
 from embgemma.models import attention
 from embgemma.models.config import EmbedderConfig
-from embgemma.models.embedder import CPU_TOKENS, Embedder, on_platform
+from embgemma.models.embedder import (
+  CPU_TOKENS,
+  Embedder,
+  computed,
+  computed_config,
+  on_platform,
+)
 from embgemma.typing import Float, Int, PackedTexts, Params
 
 # Texts sorted by length together: enough to pack well, few enough to hold.
@@ -70,6 +77,8 @@ class TextEncoder:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     config = on_platform(config, device.platform)
     self.config = config
+    # Of a model with formats: once a call, not once a batch.
+    self._computed = jax.jit(functools.partial(computed, config=config))
     self.max_length = max_length
     self._vocabulary = vocabulary
     on_cpu = device.platform == "cpu"
@@ -79,7 +88,7 @@ class TextEncoder:
     self._row_lengths = attention.row_lengths(config.transformer, row_lengths)
     self._sharding = None
     self._num_shards = 1
-    embed = Embedder(config).embed
+    embed = Embedder(computed_config(config)).embed
     if mesh is not None:
       split = PartitionSpec(batch_axes)
       self._sharding = NamedSharding(mesh, split)
@@ -108,6 +117,8 @@ class TextEncoder:
     One window more is read and tokenised meanwhile.
     """
     texts = iter(texts)
+    if self.config.quantization is not None:
+      params = self._computed(params)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
       def tokenize() -> concurrent.futures.Future[list[np.ndarray]] | None:

@@ -46,6 +46,7 @@ class TrainingTrials:
       f"--gin.MODEL_DIR={str(run)!r}",
       f"--gin.MIXTURE_RATES={rates}",
       f"--gin.RANDOM_SEED={trial.seed}",
+      "--gin.train.baselines=False",
     ]
     said: set[int] = set()
     with (run / _LOG).open("ab") as log, child_process(command, log) as child:

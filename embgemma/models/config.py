@@ -16,6 +16,7 @@ POOLERS = ("mean", "first", "last", "attention")
 ATTENTION_BACKENDS = ("auto", "reference", "block_local", "splash", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+WEIGHT_FORMATS = ("q4_0", "q8_0", "int4_channel", "int8_channel")
 
 # Gemma 3: five sliding-window layers, then a global one; layer i is global iff
 # (i + 1) % 6 == 0.
@@ -239,6 +240,37 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+  """Which parameters have which format (`models.quantization`).
+
+  Attributes:
+    rules: (pattern, format): a pattern is searched in the path of a matrix, such as
+      "encoder/groups/layer_0/attention/query/kernel", and the first that is found
+      counts. What follows no rule stays as it is; so do vectors.
+
+  Raises:
+    ConfigError: a pattern or a format that is none.
+  """
+
+  rules: Sequence[Sequence[str]]
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "rules", tuple(map(tuple, self.rules)))
+    for rule in self.rules:
+      _require(
+        len(rule) == 2 and rule[1] in WEIGHT_FORMATS,
+        f"QuantizationConfig.rules: {rule} must be (pattern, format) with one of the "
+        f"formats {', '.join(WEIGHT_FORMATS)}",
+      )
+      try:
+        re.compile(rule[0])
+      except re.error as error:
+        raise ConfigError(
+          f"QuantizationConfig.rules: {rule[0]!r} is no pattern: {error}"
+        ) from error
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbedderConfig:
   """An encoder, a pooler and the two linear heads (arXiv 2509.20354, section 2.1).
 
@@ -252,6 +284,8 @@ class EmbedderConfig:
       encoder's width.
     matryoshka_widths: Prefix lengths trained to stand alone, widest first.
     lora: Adapters beside the kernels; None is a model without.
+    quantization: Formats that it computes with, whose parameters are kept as they are;
+      None is none.
   """
 
   transformer: TransformerConfig
@@ -261,9 +295,15 @@ class EmbedderConfig:
   embedding_width: int = 768
   matryoshka_widths: Sequence[int] = (768, 512, 256, 128)
   lora: LoraConfig | None = None
+  quantization: QuantizationConfig | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "matryoshka_widths", tuple(self.matryoshka_widths))
+    _require(
+      self.quantization is None or isinstance(self.quantization, QuantizationConfig),
+      "EmbedderConfig.quantization must be a QuantizationConfig or None, got "
+      f"{self.quantization!r}",
+    )
     _require(
       self.lora is None or isinstance(self.lora, LoraConfig),
       f"EmbedderConfig.lora must be a LoraConfig or None, got {self.lora!r}",
@@ -319,6 +359,8 @@ class EmbedderConfig:
       }
       if values.get("lora") is not None:
         parts["lora"] = LoraConfig(**values["lora"])
+      if values.get("quantization") is not None:
+        parts["quantization"] = QuantizationConfig(**values["quantization"])
       return cls(**{**values, **parts})
 
 

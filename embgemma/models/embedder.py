@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from embgemma.models import attention, lora
+from embgemma.models import attention, lora, quantization
 from embgemma.models.config import EmbedderConfig
 from embgemma.models.layers import linear
 from embgemma.models.poolers import Pooler
@@ -73,6 +73,33 @@ class Embedder(nn.Module):
       {"params": scaled}, packed, vectors, key is None, rngs=rngs
     )
     return embedded
+
+
+def computed(params: Params, config: EmbedderConfig) -> Params:
+  """The parameters that a model with formats computes with, differentiable.
+
+  Adapters are merged into their kernels, and what has a format is rounded, straight
+  through; `computed_config` is the configuration of the result. Without formats they
+  are the given ones.
+
+  Args:
+    params: Of an Embedder, without axis boxes.
+    config: Of that Embedder.
+
+  Raises:
+    ConfigError: see `quantization.formats`.
+  """
+  if config.quantization is None:
+    return params
+  merged, _ = lora.merge(params, config)
+  return quantization.rounded(merged, config.quantization)
+
+
+def computed_config(config: EmbedderConfig) -> EmbedderConfig:
+  """The configuration of what `computed` returns."""
+  if config.quantization is None:
+    return config
+  return dataclasses.replace(config, lora=None, quantization=None)
 
 
 def on_platform(config: EmbedderConfig, platform: str) -> EmbedderConfig:

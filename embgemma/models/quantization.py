@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from embgemma.errors import ConfigError
+from embgemma.models.config import QuantizationConfig
 from embgemma.typing import Array, Float, Params
 
 BLOCK = 32
@@ -145,89 +146,63 @@ def _identity(name: str, axis: int, primals: Any, tangents: Any) -> tuple[Array,
   return straight_through(primals[0], name, axis), tangents[0]
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-  """Which parameters have which format.
+def formats(params: Params, config: QuantizationConfig) -> dict[tuple[str, ...], str]:
+  """The format of each parameter that has one, by path.
 
-  Attributes:
-    rules: (pattern, format): a pattern is searched in a parameter's path, such as
-      "encoder/layers/group/block_0/attention/query/kernel", and the first that is found
-      counts. A parameter without one stays as it is; so do vectors.
+  Args:
+    params: Of a model without adapters: arrays or their shapes.
+    config: Its rules.
 
   Raises:
-    ConfigError: a pattern or a format that is none.
+    ConfigError: a rule that no parameter follows, or a shape that its format cannot
+      have.
   """
+  flat = traverse_util.flatten_dict(params)
+  matrices = {path: x for path, x in flat.items() if path[-1] in (_TABLE, _KERNEL)}
+  found: dict[tuple[str, ...], str] = {}
+  used = set()
+  for path, x in matrices.items():
+    name = "/".join(path)
+    for number, (pattern, chosen) in enumerate(config.rules):
+      if re.search(pattern, name):
+        used.add(number)
+        _check_shape(name, x.shape, chosen)
+        found[path] = chosen
+        break
+  for number, (pattern, _) in enumerate(config.rules):
+    if number not in used:
+      names = ", ".join("/".join(path) for path in list(matrices)[:8])
+      raise ConfigError(
+        f"QuantizationConfig.rules: no parameter follows {pattern!r} (or all that do "
+        f"follow an earlier rule); there are {names}, …"
+      )
+  return found
 
-  rules: Sequence[Sequence[str]]
 
-  def __post_init__(self) -> None:
-    object.__setattr__(self, "rules", tuple(map(tuple, self.rules)))
-    for rule in self.rules:
-      if len(rule) != 2 or rule[1] not in FORMATS:
-        raise ConfigError(
-          f"Quantization.rules: {rule} must be (pattern, format) with one of the "
-          f"formats {', '.join(FORMATS)}"
-        )
-      try:
-        re.compile(rule[0])
-      except re.error as error:
-        raise ConfigError(
-          f"Quantization.rules: {rule[0]!r} is no pattern: {error}"
-        ) from error
+def rounded(params: Params, config: QuantizationConfig | None) -> Params:
+  """The parameters with the values that their formats have, straight through.
 
-  def formats(self, params: Params) -> dict[tuple[str, ...], str]:
-    """The format of each parameter that has one, by path.
+  Raises:
+    ConfigError: see `formats`.
+  """
+  if config is None:
+    return params
+  flat = traverse_util.flatten_dict(params)
+  for path, name in formats(params, config).items():
+    flat[path] = straight_through(flat[path], name, input_axis(path))
+  return traverse_util.unflatten_dict(flat)
 
-    Args:
-      params: Of a model without adapters, arrays or their shapes.
 
-    Raises:
-      ConfigError: a rule that no parameter follows, or a shape that its format cannot
-        have.
-    """
-    flat = traverse_util.flatten_dict(params)
-    found: dict[tuple[str, ...], str] = {}
-    used = set()
-    for path, x in flat.items():
-      if path[-1] not in (_TABLE, _KERNEL):
-        continue
-      name = "/".join(path)
-      for number, (pattern, chosen) in enumerate(self.rules):
-        if re.search(pattern, name):
-          used.add(number)
-          _check_shape(name, x.shape, chosen)
-          found[path] = chosen
-          break
-    for number, (pattern, _) in enumerate(self.rules):
-      if number not in used:
-        tables = ["/".join(path) for path in flat if path[-1] in (_TABLE, _KERNEL)]
-        raise ConfigError(
-          f"Quantization.rules: no parameter follows {pattern!r} (or all that do "
-          f"follow an earlier rule); there are {', '.join(tables[:8])}, …"
-        )
-    return found
+def quantized(params: Params, config: QuantizationConfig) -> Params:
+  """The parameters, those with a format as `Quantized`.
 
-  def rounded(self, params: Params) -> Params:
-    """The parameters with the values that their formats have, straight through.
-
-    Raises:
-      ConfigError: see `formats`.
-    """
-    flat = traverse_util.flatten_dict(params)
-    for path, name in self.formats(params).items():
-      flat[path] = straight_through(flat[path], name, input_axis(path))
-    return traverse_util.unflatten_dict(flat)
-
-  def quantized(self, params: Params) -> Params:
-    """The parameters, those with a format as `Quantized`.
-
-    Raises:
-      ConfigError: see `formats`.
-    """
-    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
-    for path, name in self.formats(params).items():
-      flat[path] = FORMATS[name].quantize(jnp.asarray(flat[path]), input_axis(path))
-    return traverse_util.unflatten_dict(flat)
+  Raises:
+    ConfigError: see `formats`.
+  """
+  flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
+  for path, name in formats(params, config).items():
+    flat[path] = FORMATS[name].quantize(jnp.asarray(flat[path]), input_axis(path))
+  return traverse_util.unflatten_dict(flat)
 
 
 def input_axis(path: Sequence[str]) -> int:
@@ -244,27 +219,28 @@ def _check_shape(name: str, shape: Sequence[int], chosen: str) -> None:
   if FORMATS[chosen].block is not None and shape[axis] % BLOCK:
     raise ConfigError(
       f"{name} has {shape[axis]} input features, and {chosen} needs a multiple of "
-      f"{BLOCK}; leave it out of Quantization.rules, or choose a format of channels"
+      f"{BLOCK}; leave it out of QuantizationConfig.rules, or give it a format of "
+      "channels"
     )
 
 
-def int8_block32() -> Quantization:
+def int8_block32() -> QuantizationConfig:
   """All matrices as GGUF's Q8_0: int8 per block (arXiv 2509.20354, section 2.3)."""
-  return Quantization(((f"/({_TABLE}|{_KERNEL})$", "q8_0"),))
+  return QuantizationConfig(((f"/({_TABLE}|{_KERNEL})$", "q8_0"),))
 
 
-def int4_block32(table: str = "q4_0") -> Quantization:
+def int4_block32(table: str = "q4_0") -> QuantizationConfig:
   """All matrices as GGUF's Q4_0: int4 per block (arXiv 2509.20354, section 2.3).
 
   Args:
     table: Format of the token table; "q8_0" is that of the released GGUF.
   """
-  return Quantization(((f"/{_TABLE}$", table), (f"/{_KERNEL}$", "q4_0")))
+  return QuantizationConfig(((f"/{_TABLE}$", table), (f"/{_KERNEL}$", "q4_0")))
 
 
-def mixed_channel() -> Quantization:
+def mixed_channel() -> QuantizationConfig:
   """Attention int8, all else int4, per channel (arXiv 2509.20354, section 2.3)."""
-  return Quantization(
+  return QuantizationConfig(
     (
       (f"/attention/.*{_KERNEL}$", "int8_channel"),
       (f"/({_TABLE}|{_KERNEL})$", "int4_channel"),

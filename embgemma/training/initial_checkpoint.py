@@ -11,6 +11,7 @@ from embgemma.models.config import (
   BackboneConfig,
   EmbedderConfig,
   LoraConfig,
+  QuantizationConfig,
   TransformerConfig,
 )
 
@@ -23,6 +24,7 @@ def checkpoint_model(
   matryoshka_widths: Sequence[int] | None = None,
   lora: LoraConfig | None = None,
   pooler: str | None = None,
+  quantization: QuantizationConfig | None = None,
 ) -> EmbedderConfig:
   """The configuration of a checkpoint's embedder, with what training may change.
 
@@ -38,6 +40,7 @@ def checkpoint_model(
     lora: Adapters to train; None is the checkpoint's, if it has any.
     pooler: Of the embedder that pretrained stacks become, as in EmbedderConfig; None
       is the mean. That of an embedder stays.
+    quantization: Formats to compute with; None is the checkpoint's, if it has any.
 
   Raises:
     ConfigError: no path, or a value that does not fit the model.
@@ -49,6 +52,7 @@ def checkpoint_model(
     transformer=_trained(config.transformer, dtype, remat, window),
     matryoshka_widths=matryoshka_widths or config.matryoshka_widths,
     lora=lora or config.lora,
+    quantization=quantization or config.quantization,
   )
 
 

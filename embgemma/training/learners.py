@@ -1,7 +1,7 @@
 """A model with its loss: what the one trainer trains, whatever the stage."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -103,21 +103,44 @@ class EmbeddingLearner:
   def gradients(
     self, trainable: Params, frozen: Params, batch: PackedPairs, key: Array
   ) -> tuple[Params, Metrics]:
+    model, others, straight = self._computed(
+      trainable["model"], frozen.get("model", {})
+    )
     vectors, pullback = embed_groups(
-      Embedder(self.config),
-      trainable["model"],
-      frozen.get("model", {}),
+      Embedder(embedder.computed_config(self.config)),
+      model,
+      others,
       batch.groups,
       key if self.config.transformer.dropout_rate else None,
     )
-
     of_vectors, of_objective, metrics = self.objective.gradients(
       vectors,
       trainable["objective"],
       lambda vectors: pair_batch(vectors, batch),
       BATCH_AXES,
     )
-    return {"model": pullback(of_vectors), "objective": of_objective}, metrics
+    gradients = straight(pullback(of_vectors))
+    return {"model": gradients, "objective": of_objective}, metrics
+
+  def _computed(
+    self, model: Params, others: Params
+  ) -> tuple[Params, Params, Callable[[Params], Params]]:
+    """What a step computes with, once for all its microbatches.
+
+    Args:
+      model: Parameters to differentiate.
+      others: The frozen ones.
+
+    Returns:
+      The same two, of a model with formats rounded and all in the first; and what makes
+      gradients of `model` of those of the first.
+    """
+    if self.config.quantization is None:
+      return model, others, lambda gradient: gradient
+    rounded, pull = jax.vjp(
+      lambda model: embedder.computed(join(model, others), self.config), model
+    )
+    return rounded, {}, lambda gradient: pull(gradient)[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jit hashes it: by identity

@@ -276,6 +276,7 @@ def train(
   profile_steps: Sequence[int] | None = None,
   eval_max_length: int | None = None,
   eval_tokens_per_batch: int | None = None,
+  baselines: bool = True,
   operative_gin: str = "",
 ) -> dict[str, suite.TaskResults]:
   """Trains one stage, from its newest checkpoint if it has one.
@@ -310,6 +311,7 @@ def train(
       training.
     eval_tokens_per_batch: Token slots of a device in one evaluation batch; None is what
       suits it.
+    baselines: Whether to evaluate before the first step, too, and BM25 in the end.
     operative_gin: Kept beside the weights.
 
   Returns:
@@ -371,7 +373,7 @@ def train(
     position={
       "seed": seed,
       "batch_size": batch_size,
-      "mixture": data.manifest_path().stem,
+      "mixture": data.mixture_key(),
       **source.settings,
     },
     train_step=make_train_step(
@@ -404,7 +406,7 @@ def train(
         checkpoints.write_description(directory, description, vocabulary, operative_gin)
         warm_start.keep_report(directory, report)
     distributed.wait_for_all("description")
-    if start in (0, train_steps):
+    if start == train_steps or (start == 0 and baselines):
       run.evaluate(state, start)
     began = time.monotonic()
     if start < train_steps:
@@ -416,15 +418,17 @@ def train(
     highlight=False,
     soft_wrap=True,
   )
-  return _report(run, "start" if initial_checkpoint_path else "untrained")
+  start_name = "start" if initial_checkpoint_path else "untrained"
+  return _report(run, start_name, baselines)
 
 
-def _report(run: Run, start: str) -> dict[str, suite.TaskResults]:
+def _report(run: Run, start: str, baselines: bool) -> dict[str, suite.TaskResults]:
   """Prints the first step (under the name `start`), the last, and BM25 side by side."""
   kept = suite.read_results(run.model_dir / EVALUATIONS_FILE)
   if kept:
-    columns = {start: kept.get("0", {}), "trained": kept[str(run.train_steps)]}
-    lexical = suite.bm25_results(run.evaluators)
+    columns = {start: kept["0"]} if "0" in kept else {}
+    columns["trained"] = kept[str(run.train_steps)]
+    lexical = suite.bm25_results(run.evaluators) if baselines else {}
     if lexical:
       columns["BM25"] = lexical
     shown = (*suite.MAIN_METRICS, suite.LOSS, "perplexity")

@@ -171,6 +171,15 @@ def test_manifest_follows_what_is_cached(config, tmp_path):
     seen.add(path)
 
 
+def test_rates_are_another_mixture_of_the_same_caches(config):
+  mixtures = [
+    dataclasses.replace(config, rates=rates)
+    for rates in ("explicit", "even", 2.0, {"a": 1.0}, {"a": 1.0, "b": 2.0})
+  ]
+  assert len({each.manifest_path() for each in mixtures}) == 1
+  assert len({each.mixture_key() for each in mixtures}) == len(mixtures)
+
+
 _TEXT_LENGTHS = {"inputs": 64, "targets": 64}
 
 

@@ -22,22 +22,21 @@ RECIPE_DIR = %gin.REQUIRED
 Recipe.directory = %RECIPE_DIR
 Recipe.stages = {{
   'base': @base/Stage(),
-  'one': @one/Stage(),
-  'two': @two/Stage(),
+  'tuned': @tuned/Stage(),
   'soup': @soup/Stage(),
   'evaluation': @evaluation/Stage(),
 }}
-STEPS = 20
 RATE = 1e-3
-FINETUNING = {{'TRAIN_STEPS': %STEPS, 'INITIAL_CHECKPOINT_PATH': '{{base}}'}}
 Stage.gin_files = ('{stage}',)
-base/Stage.macros = {{'TRAIN_STEPS': 20, 'CHECKPOINT_STEPS': 5}}
-one/Stage.macros = (%FINETUNING, {{'RANDOM_SEED': 1}})
-two/Stage.macros = (%FINETUNING, {{'RANDOM_SEED': 2, 'LEARNING_RATE': %RATE}})
+base/Stage.macros = {{'TRAIN_STEPS': 10, 'CHECKPOINT_STEPS': 5}}
+tuned/Stage.macros = (
+  {{'TRAIN_STEPS': 10, 'INITIAL_CHECKPOINT_PATH': '{{base}}'}},
+  {{'LEARNING_RATE': %RATE}},
+)
 soup/Stage:
   command = 'soup'
   gin_files = ()
-  inputs = ('{{one}}', '{{two}}')
+  inputs = ('{{base}}', '{{tuned}}')
 evaluation/Stage:
   command = 'eval'
   flags = {{'checkpoint': '{{soup}}', 'bm25': True}}
@@ -90,7 +89,7 @@ def test_every_stage_left_what_its_name_points_to(done):
   directory, finished = done
   said = json.loads((directory / "recipe.json").read_text())["stages"]
   assert {name: of["state"] for name, of in said.items()} == dict.fromkeys(
-    ("base", "one", "two", "soup", "evaluation"), "complete"
+    ("base", "tuned", "soup", "evaluation"), "complete"
   )
   for name, of in said.items():
     assert os.readlink(directory / name) == of["directory"]
@@ -108,17 +107,17 @@ def test_a_complete_recipe_does_nothing_again(workspace, files, done):
 
 def test_a_change_runs_what_reads_it(workspace, files, done):
   directory, _ = done
-  before = {name: os.readlink(directory / name) for name in ("base", "one", "two")}
+  before = {name: os.readlink(directory / name) for name in ("base", "tuned", "soup")}
   again = workspace.run("recipe", *flags(files, directory, "--gin.RATE=2e-3"))
   assert again.returncode == 0, again.stderr
   ran = re.findall(r"^(\w+): running", again.stdout, re.MULTILINE)
-  assert ran == ["two", "soup", "evaluation"]
+  assert ran == ["tuned", "soup", "evaluation"]
   after = {name: os.readlink(directory / name) for name in before}
-  assert {name for name in before if before[name] != after[name]} == {"two"}
+  assert {name for name in before if before[name] != after[name]} == {"tuned", "soup"}
   # And back: what was made before is still there.
   back = workspace.run("recipe", *flags(files, directory))
   assert back.stdout == ""
-  assert os.readlink(directory / "two") == before["two"]
+  assert os.readlink(directory / "soup") == before["soup"]
 
 
 def test_a_deleted_directory_is_made_again_whole(workspace, files, done, tmp_path):
@@ -126,7 +125,7 @@ def test_a_deleted_directory_is_made_again_whole(workspace, files, done, tmp_pat
   shutil.copytree(done[0], directory, symlinks=True)
   soup = directory / os.readlink(directory / "soup")
   shutil.rmtree(soup)
-  bad = "--gin.soup/Stage.inputs=('{one}', '{two}', 'nothing')"
+  bad = "--gin.soup/Stage.inputs=('{base}', '{tuned}', 'nothing')"
   assert workspace.run("recipe", *flags(files, directory, bad)).returncode == 1
   again = workspace.run("recipe", *flags(files, directory))
   assert re.findall(r"^(\w+): running", again.stdout, re.MULTILINE) == ["soup"]
@@ -150,7 +149,7 @@ def test_two_at_once_share_the_stages(workspace, files, done, tmp_path):
   said = [process.communicate() for process in both]
   assert [process.returncode for process in both] == [0, 0], said
   ran = [re.findall(r"^(\w+): running", out, re.MULTILINE) for out, _ in said]
-  assert sorted(ran[0] + ran[1]) == ["base", "evaluation", "one", "soup", "two"]
+  assert sorted(ran[0] + ran[1]) == ["base", "evaluation", "soup", "tuned"]
   assert_equal(directory / "soup", done[0] / "soup")
 
 
@@ -158,7 +157,7 @@ def test_two_at_once_share_the_stages(workspace, files, done, tmp_path):
 def test_a_killed_recipe_goes_on(workspace, files, done, tmp_path, signum):
   directory = tmp_path / "killed"
   command = [sys.executable, "-m", "embgemma", "recipe"]
-  for wanted in ("base-*/checkpoints/5", "two-*/model.json"):
+  for wanted in ("base-*/checkpoints/5", "tuned-*/model.json"):
     started = subprocess.Popen(
       [*command, *flags(files, directory)],
       env=workspace.environment,
@@ -181,17 +180,16 @@ def test_a_killed_recipe_goes_on(workspace, files, done, tmp_path, signum):
 
 
 def test_a_failed_stage_keeps_back_what_needs_it(workspace, files, tmp_path):
-  bad = "--gin.two/Stage.macros={'LEARNING_RATE': -1.0}"
+  bad = "--gin.tuned/Stage.macros={'LEARNING_RATE': -1.0}"
   failed = workspace.run("recipe", *flags(files, tmp_path / "r", bad))
   assert failed.returncode == 1
-  assert re.search(r"two: failed in 0:\d\d: embgemma: error: .*peak", failed.stdout)
-  assert "embgemma: error: two failed: see" in failed.stderr
+  assert re.search(r"tuned: failed in 0:\d\d: embgemma: error: .*peak", failed.stdout)
+  assert "embgemma: error: tuned failed: see" in failed.stderr
   said = json.loads((tmp_path / "r" / "recipe.json").read_text())["stages"]
   states = {name: of["state"] for name, of in said.items()}
   assert states == {
     "base": "complete",
-    "one": "complete",
-    "two": "failed",
+    "tuned": "failed",
     "soup": "waiting",
     "evaluation": "waiting",
   }
@@ -204,8 +202,8 @@ def test_a_dry_run_is_a_script(workspace, files, done, tmp_path):
   commands = [
     line for line in shown.stdout.splitlines() if line.startswith("embgemma ")
   ]
-  assert [line.split()[1] for line in commands] == ["train"] * 3 + ["soup", "eval"]
-  assert "# one: after base; TRAIN_STEPS 20" in shown.stdout
+  assert [line.split()[1] for line in commands] == ["train", "train", "soup", "eval"]
+  assert "# tuned: after base; TRAIN_STEPS 10" in shown.stdout
   subprocess.run(["sh", "-n"], input=shown.stdout, text=True, check=True)
   complete = workspace.run("recipe", *flags(files, done[0], "--dry_run"))
   assert "\nembgemma " not in complete.stdout
@@ -213,19 +211,22 @@ def test_a_dry_run_is_a_script(workspace, files, done, tmp_path):
 
 def test_some_stages(workspace, files, tmp_path):
   shown = workspace.run(
-    "recipe", *flags(files, tmp_path / "r", "--dry_run", "--stages=one")
+    "recipe", *flags(files, tmp_path / "r", "--dry_run", "--stages=tuned")
   )
-  assert re.findall(r"^# (\w+):", shown.stdout, re.MULTILINE) == ["base", "one"]
+  assert re.findall(r"^# (\w+):", shown.stdout, re.MULTILINE) == ["base", "tuned"]
 
 
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--gin.one/Stage.macros={'TRAIN_STEPS': '{bse}'}", "did you mean {base}?"),
-    ("--gin.one/Stage.macros={'TRAIN_STEP': 3}", "stage 'one': --gin.TRAIN_STEP: no"),
-    ("--gin.one/Stage.command=tran", "Stage.command 'tran' is none of a recipe's"),
+    ("--gin.tuned/Stage.macros={'TRAIN_STEPS': '{bse}'}", "did you mean {base}?"),
+    (
+      "--gin.tuned/Stage.macros={'TRAIN_STEP': 3}",
+      "stage 'tuned': --gin.TRAIN_STEP: no",
+    ),
+    ("--gin.tuned/Stage.command=tran", "Stage.command 'tran' is none of a recipe's"),
     ("--gin.soup/Stage.flags={'lest': 3}", "stage 'soup': `embgemma soup`: unrecog"),
-    ("--stages=three", "no stage three; there are base, one"),
+    ("--stages=three", "no stage three; there are base, tuned"),
     ("--jobs=0", "--jobs=0: write 1 or more"),
   ],
 )
@@ -286,7 +287,10 @@ def test_a_report_of_a_recipe(workspace, done):
   assert read.fetched == []
   for heading in ("Stages", "Held-out evaluation", "Map", "Run: base", "Soups"):
     assert heading in read.headings
-  for chart in ("Gradient norm of each term, by vectors (one)", "Share of real tokens"):
+  for chart in (
+    "Gradient norm of each term, by vectors (tuned)",
+    "Share of real tokens",
+  ):
     assert f'aria-label="{chart}' in page.read_text()
   text = tables.read_text()
   results = json.loads((directory / "evaluation" / "results.json").read_text())

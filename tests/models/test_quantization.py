@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from embgemma.errors import ConfigError
 from embgemma.models import quantization
-from embgemma.models.quantization import FORMATS, Quantization
+from embgemma.models.config import WEIGHT_FORMATS, QuantizationConfig
+from embgemma.models.quantization import FORMATS
 
 _TYPES = {
   "q4_0": gguf.GGMLQuantizationType.Q4_0,
@@ -142,7 +143,9 @@ def params():
   ],
 )
 def test_presets_are_the_papers(preset, table, attention, other):
-  assert {"/".join(path): of for path, of in preset.formats(params()).items()} == {
+  assert {
+    "/".join(path): of for path, of in quantization.formats(params(), preset).items()
+  } == {
     "encoder/embedder/table": table,
     "encoder/group/attention/query/kernel": attention,
     "encoder/group/mlp/gate/kernel": other,
@@ -152,8 +155,8 @@ def test_presets_are_the_papers(preset, table, attention, other):
 
 def test_rounded_parameters_are_those_of_the_codes():
   preset = quantization.mixed_channel()
-  rounded = preset.rounded(jax.tree.map(jnp.float32, params()))
-  found = quantization.dequantized(preset.quantized(params()))
+  rounded = quantization.rounded(jax.tree.map(jnp.float32, params()), preset)
+  found = quantization.dequantized(quantization.quantized(params(), preset))
   jax.tree.map(np.testing.assert_array_equal, rounded, jax.tree.map(jnp.float32, found))
 
 
@@ -171,10 +174,14 @@ def test_rounded_parameters_are_those_of_the_codes():
 )
 def test_rules_that_cannot_be_followed(rules, message):
   with pytest.raises(ConfigError, match=message):
-    Quantization(rules).formats(params())
+    quantization.formats(params(), QuantizationConfig(rules))
 
 
 def test_features_that_make_no_whole_blocks():
   odd = {"up": {"kernel": np.ones((48, 8))}}
   with pytest.raises(ConfigError, match="up/kernel has 48 input features, and q8_0"):
-    quantization.int8_block32().formats(odd)
+    quantization.formats(odd, quantization.int8_block32())
+
+
+def test_every_format_has_a_name():
+  assert tuple(FORMATS) == WEIGHT_FORMATS
