@@ -299,8 +299,9 @@ def parser() -> argparse.ArgumentParser:
   export.add_argument(
     "--dtype",
     default="float32",
-    choices=("float32", "bfloat16", "float16", "q8_0"),
-    help="of the weights; q8_0 is for gguf",
+    choices=("float32", "bfloat16", "float16", "q8_0", "q4_0", "trained"),
+    help="of the weights; q8_0, q4_0 (token table q8_0) and trained (the formats of "
+    "quantization-aware training) are for gguf",
   )
   export.add_argument(
     "--max_length",

@@ -151,7 +151,7 @@ def _export_hf(options: argparse.Namespace) -> None:
   output = pathlib.Path(options.output)
   if options.dtype not in ("float32", "bfloat16"):
     raise ConfigError(
-      f"--dtype={options.dtype}: hf has float32 and bfloat16; q8_0 is a type of gguf, "
+      f"--dtype={options.dtype}: hf has float32 and bfloat16; the others are of gguf, "
       "and Gemma 3's activations exceed the largest float16 (65,504)"
     )
   outputs.check_directory(output, options.overwrite, options.checkpoint)

@@ -12,6 +12,7 @@ takes for an end of text in every vocabulary; and programs such as llama-server 
 text that spells a control token as that token.
 """
 
+import dataclasses
 import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,15 +31,20 @@ from embgemma.interop import tokenizer_files
 from embgemma.interop.huggingface import linear_tensor
 from embgemma.interop.layout import LAYER_PARAMETERS, Slot, Tensor, stack_slots
 from embgemma.interop.model import Model
+from embgemma.models import embedder, quantization
 from embgemma.models.config import GEMMA3_PATTERN, EmbedderConfig, TransformerConfig
 
-WEIGHT_TYPES = ("F32", "BF16", "Q8_0")
-"""Of matrices; norms are always F32."""
+WEIGHT_TYPES = ("F32", "BF16", "Q8_0", "Q4_0", "TRAINED")
+"""Of matrices; norms are always F32. Beside Q4_0 the token table is Q8_0, as in the
+released file; TRAINED is the format that each was trained in (`QuantizationConfig`),
+and F32 of those without."""
 TYPE_OF_DTYPE = {
   "float32": "F32",
   "bfloat16": "BF16",
   "float16": "F16",
   "q8_0": "Q8_0",
+  "q4_0": "Q4_0",
+  "trained": "TRAINED",
 }
 """ggml's name of a --dtype; F16 is refused by `write`, with the reason."""
 
@@ -47,7 +53,9 @@ _FILE_TYPES = {
   "F32": LlamaFileType.ALL_F32,
   "BF16": LlamaFileType.MOSTLY_BF16,
   "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+  "Q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
+_TYPE_OF_FORMAT = {"q4_0": "Q4_0", "q8_0": "Q8_0"}
 _POOLING = {
   "mean": PoolingType.MEAN,
   "first": PoolingType.CLS,
@@ -84,8 +92,9 @@ def write(model: Model, path: pathlib.Path, weight_type: str) -> None:
   Args:
     model: Its parameters float32.
     path: Of the file; an unfinished one is left there if writing fails.
-    weight_type: One of WEIGHT_TYPES. BF16 rounds to nearest even; Q8_0 is one float16
-      scale for 32 codes along the input width, as ggml's reference quantises.
+    weight_type: One of WEIGHT_TYPES. BF16 rounds to nearest even; Q8_0 and Q4_0 are
+      one float16 scale for 32 codes along the input width, as ggml's reference
+      quantises: the codes of `models.quantization`.
 
   Raises:
     CheckpointError: the model is no embedder.
@@ -94,15 +103,15 @@ def write(model: Model, path: pathlib.Path, weight_type: str) -> None:
   """
   config = model.description.embedder
   check_exportable(config, weight_type)
-  kind = GGMLQuantizationType[weight_type]
   tensors = _tensors(config)
+  kinds = _kinds(config, tensors, weight_type)
   writer = gguf.GGUFWriter(path, _ARCHITECTURE)
   _add_settings(writer, config)
   _add_vocabulary(writer, model.vocabulary, config.transformer.vocab_size)
-  writer.add_file_type(_FILE_TYPES[weight_type])
+  writer.add_file_type(_FILE_TYPES[_usual(kinds)])
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   for tensor in tensors:
-    of = _kind_of(tensor, kind)
+    of = kinds[tensor.name]
     size = int(np.prod(gguf.quant_shape_to_byte_shape(tensor.shape, of)))
     writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, of)
   writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()))
@@ -111,7 +120,7 @@ def write(model: Model, path: pathlib.Path, weight_type: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tensors:
-      writer.write_tensor_data(_stored(tensor, model.params, _kind_of(tensor, kind)))
+      writer.write_tensor_data(_stored(tensor, model.params, kinds[tensor.name]))
   finally:
     writer.close()
 
@@ -124,7 +133,8 @@ def check_exportable(config: EmbedderConfig, weight_type: str) -> None:
   """
   _check_weight_type(weight_type)
   _check_model(config)
-  _check_blocks(_tensors(config), GGMLQuantizationType[weight_type])
+  tensors = _tensors(config)
+  _check_blocks(tensors, _kinds(config, tensors, weight_type))
 
 
 def _check_weight_type(weight_type: str) -> None:
@@ -191,14 +201,63 @@ def _tensors(config: EmbedderConfig) -> list[Tensor]:
   return [linear_tensor(f"{name}.weight", slot) for name, slot in named.items()]
 
 
-def _kind_of(tensor: Tensor, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-  return kind if len(tensor.shape) > 1 else GGMLQuantizationType.F32
-
-
-def _check_blocks(tensors: Sequence[Tensor], kind: GGMLQuantizationType) -> None:
-  block, _ = gguf.GGML_QUANT_SIZES[kind]
+def _kinds(
+  config: EmbedderConfig, tensors: Sequence[Tensor], weight_type: str
+) -> dict[str, GGMLQuantizationType]:
+  """The type of each tensor, by name."""
+  trained: Mapping[tuple[str, ...], str] = {}
+  if weight_type == "TRAINED":
+    trained = _trained_formats(config)
+  kinds = {}
   for tensor in tensors:
-    if _kind_of(tensor, kind) == kind and tensor.shape[-1] % block:
+    (part,) = tensor.parts
+    name = weight_type
+    if len(tensor.shape) == 1:
+      name = "F32"
+    elif weight_type == "TRAINED":
+      name = _TYPE_OF_FORMAT.get(trained.get(part.slot.path, ""), "F32")
+    elif weight_type == "Q4_0" and tensor.name.startswith("token_embd"):
+      name = "Q8_0"
+    kinds[tensor.name] = GGMLQuantizationType[name]
+  return kinds
+
+
+def _trained_formats(config: EmbedderConfig) -> dict[tuple[str, ...], str]:
+  """The formats of a model's parameters.
+
+  Raises:
+    ConfigError: it has none, or one that GGUF lacks.
+  """
+  if config.quantization is None:
+    raise ConfigError(
+      "--dtype=trained: the model was not trained in a format of 4 or 8 bits; choose "
+      "q4_0, q8_0, bfloat16 or float32"
+    )
+  plain = dataclasses.replace(config, lora=None)
+  found = quantization.formats(embedder.abstract_params(plain), config.quantization)
+  for path, name in found.items():
+    if name not in _TYPE_OF_FORMAT:
+      raise ConfigError(
+        f"{'/'.join(path)} was trained as {name}, and GGUF has no scales of channels; "
+        "export q8_0, or train with @int8_block32() or @int4_block32()"
+      )
+  return found
+
+
+def _usual(kinds: Mapping[str, GGMLQuantizationType]) -> str:
+  """The type of most matrices, by which a file is known."""
+  counts = Counter(kind.name for kind in kinds.values())
+  matrices = {name: count for name, count in counts.items() if name != "F32"}
+  return max(matrices, key=lambda name: matrices[name], default="F32")
+
+
+def _check_blocks(
+  tensors: Sequence[Tensor], kinds: Mapping[str, GGMLQuantizationType]
+) -> None:
+  for tensor in tensors:
+    kind = kinds[tensor.name]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    if tensor.shape[-1] % block:
       raise ConfigError(
         f"{tensor.name}: GGUF weight type {kind.name} needs an input width that is a "
         f"multiple of {block}, and this is {tensor.shape[-1]}; use BF16"

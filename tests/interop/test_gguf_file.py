@@ -14,6 +14,7 @@ from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
 from embgemma.errors import CheckpointError, ConfigError
 from embgemma.interop import gguf_file, layout
 from embgemma.interop.model import Model
+from embgemma.models import quantization
 from embgemma.models.config import BackboneConfig, EmbedderConfig, TransformerConfig
 from embgemma.models.embedder import Embedder, abstract_packed_texts, abstract_params
 
@@ -131,19 +132,26 @@ def q8_0(array):
 @pytest.mark.parametrize("config", [CONFIG, without_heads()], ids=["heads", "plain"])
 @pytest.mark.parametrize("weight_type", gguf_file.WEIGHT_TYPES)
 def test_every_tensor_is_ours(config, weight_type, vocabulary, tmp_path):
+  rules = quantization.int4_block32(table="q8_0")
+  if weight_type == "TRAINED":
+    config = dataclasses.replace(config, quantization=rules)
   model = random_model(config, vocabulary)
   found = tensors(written(model, tmp_path, weight_type))
   expected = expected_tensors(model.params)
+  trained = expected_tensors(jax.device_get(quantization.rounded(model.params, rules)))
   assert found.keys() == expected.keys()
   for name, array in expected.items():
     tensor = found[name]
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     assert tuple(tensor.shape[::-1]) == array.shape, name
     kind = weight_type if array.ndim == 2 else "F32"
+    if kind in ("Q4_0", "TRAINED"):
+      kind = "Q8_0" if name.startswith("token_embd") else "Q4_0"
+      array = trained[name]  # what a model trained so computes with, bit for bit
     assert tensor.tensor_type.name == kind, name
     if kind == "BF16":
       array = array.astype(ml_dtypes.bfloat16).astype(np.float32)
-    elif kind == "Q8_0":
+    elif weight_type == "Q8_0" and kind == "Q8_0":
       packed, array = q8_0(np.ascontiguousarray(array))
       np.testing.assert_array_equal(tensor.data, packed, name)
     np.testing.assert_array_equal(values, array, name)
@@ -359,11 +367,22 @@ def test_q8_0_needs_whole_blocks(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("weight_type", "said"), [("F16", "65,504"), ("Q4_0", "F32, BF16, Q8_0")]
+  ("weight_type", "said"),
+  [
+    ("F16", "65,504"),
+    ("Q5_0", "F32, BF16, Q8_0"),
+    ("TRAINED", "was not trained in a format"),
+  ],
 )
 def test_other_weight_types(weight_type, said):
   with pytest.raises(ConfigError, match=said):
     gguf_file.check_exportable(CONFIG, weight_type)
+
+
+def test_channels_have_no_gguf():
+  config = dataclasses.replace(CONFIG, quantization=quantization.mixed_channel())
+  with pytest.raises(ConfigError, match="was trained as int.*GGUF has no scales of"):
+    gguf_file.check_exportable(config, "TRAINED")
 
 
 def test_refuses_pretrained_stacks(vocabulary, tmp_path):
