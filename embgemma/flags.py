@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from embgemma import __version__
 from embgemma.errors import ConfigError
-from embgemma.models.config import POOLERS
+from embgemma.models.config import POOLERS, VECTOR_FORMATS
 
 
 def _add_gin_flags(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +167,16 @@ def parser() -> argparse.ArgumentParser:
   )
   embed.add_argument("--field", default="text", help="JSONL key that holds the text")
   embed.add_argument("--dim", type=int, help="Matryoshka width; default is full")
+  embed.add_argument(
+    "--vectors",
+    choices=VECTOR_FORMATS,
+    default="float32",
+    help="how they are kept: int8 and uint8 by the range of each component, whose "
+    "file lies beside the output; binary and ubinary are signs, eight to a byte",
+  )
+  embed.add_argument(
+    "--ranges", help=".npy of int8 and uint8: those of the documents, for queries"
+  )
   embed.add_argument("--max_length", type=int, help="tokens a text is cut to")
   embed.add_argument(
     "--tokens_per_batch", type=int, help="token slots that a device embeds at once"
@@ -186,6 +196,12 @@ def parser() -> argparse.ArgumentParser:
     "EVALUATIONS in a --gin_file",
   )
   evaluate.add_argument("--widths", help="Matryoshka widths, separated by commas")
+  evaluate.add_argument(
+    "--vectors",
+    default="float32",
+    help=f"formats in which vectors are kept, separated by commas: "
+    f"{', '.join(VECTOR_FORMATS)}; the best are rescored by the query's own",
+  )
   evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
   evaluate.add_argument("--output", help="JSON file for the results")
   evaluate.add_argument("--max_length", type=int)

@@ -1,6 +1,7 @@
 """Commands that embed with a checkpoint: embed, eval."""
 
 import argparse
+import itertools
 import json
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from embgemma import outputs, process
 from embgemma.commands.configuration import configure
 from embgemma.commands.messages import say, say_notes
 from embgemma.errors import ConfigError, DataError
+from embgemma.models.config import VECTOR_FORMATS
 
 
 def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[str]:
@@ -36,8 +38,55 @@ def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[st
     yield text
 
 
+def _ranges(options: argparse.Namespace, width: int) -> Any:
+  """[2, width] of --ranges; None without.
+
+  Raises:
+    ConfigError: the format needs none.
+    DataError: the file holds something else.
+  """
+  import numpy as np
+
+  from embgemma import vector_formats
+
+  if options.ranges is None:
+    return None
+  if not vector_formats.needs_ranges(options.vectors):
+    raise ConfigError(f"--ranges is for int8 and uint8, not {options.vectors}")
+  try:
+    ranges = np.load(options.ranges, allow_pickle=False)
+  except (OSError, ValueError) as error:
+    raise DataError(f"--ranges={options.ranges}: cannot be read: {error}") from error
+  if ranges.shape != (2, width) or ranges.dtype != np.float32:
+    raise DataError(
+      f"--ranges={options.ranges}: has shape {ranges.shape} and {ranges.dtype}; "
+      f"vectors of width {width} need (2, {width}) and float32"
+    )
+  return ranges
+
+
+def _calibrated(name: str, chunks: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+  """A format by the first vectors, and all vectors."""
+  import numpy as np
+
+  from embgemma import vector_formats
+
+  chunks = iter(chunks)
+  first: list[Any] = []
+  for chunk in chunks:
+    first.append(chunk)
+    if sum(map(len, first)) >= vector_formats.CALIBRATION_VECTORS:
+      break
+  sample = np.concatenate(first) if first else np.zeros((0, 1), np.float32)
+  kept = vector_formats.calibrated(name, sample[: vector_formats.CALIBRATION_VECTORS])
+  return kept, itertools.chain(first, chunks)
+
+
 def run_embed(options: argparse.Namespace) -> None:
   """Writes the vectors of a file's texts."""
+  import numpy as np
+
+  from embgemma import vector_formats
   from embgemma.data.bad_records import MAX_LISTED_SKIPS
   from embgemma.inference import vector_files
   from embgemma.inference.embedder import CheckpointEmbedder
@@ -51,11 +100,24 @@ def run_embed(options: argparse.Namespace) -> None:
   say_notes(embedder.notes)
   prompt = embedder.prompt(options.prompt)
   width = embedder.check_width(options.dim)
+  ranges = _ranges(options, width)
   skipped: list[str] = []
   texts = (prompt + text for text in _input_texts(options, skipped))
+  chunks: Iterable[Any] = embedder.stream(texts, width)
+  if vector_formats.needs_ranges(options.vectors) and ranges is None:
+    kept, chunks = _calibrated(options.vectors, chunks)
+    beside = output.with_suffix(".ranges.npy")
+    with outputs.new_path(beside) as made, made.open("wb") as file:
+      np.save(file, kept.ranges)
+    say(f"ranges of components, for queries: {beside}")
+  else:
+    kept = vector_formats.VectorFormat(options.vectors, ranges)
   with outputs.new_file(output) as file:
-    count = vector_files.write(file, output, embedder.stream(texts, width), width)
-  say(f"{count:,} vectors of width {width}: {output}")
+    count = vector_files.write(file, output, chunks, width, kept)
+  said = (
+    "" if kept.name == "float32" else f", {kept.name}, {kept.bytes(width)} bytes each"
+  )
+  say(f"{count:,} vectors of width {width}{said}: {output}")
   if skipped:
     say(f"skipped {len(skipped)} records:")
     for line in skipped[:MAX_LISTED_SKIPS]:
@@ -112,7 +174,14 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
       widths = tuple(int(width) for width in options.widths.split(","))
     except ValueError as error:
       raise ConfigError(f"--widths={options.widths}: write 768,128") from error
-  evaluators = suite.evaluators(entries, widths)
+  vectors = options.vectors.split(",")
+  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
+  if unknown:
+    raise ConfigError(
+      f"--vectors={options.vectors}: there are {', '.join(VECTOR_FORMATS)}, got "
+      f"{', '.join(unknown)}"
+    )
+  evaluators = suite.evaluators(entries, widths, vectors)
   for evaluator in evaluators:
     evaluator.check()
   columns = {embedder.name: {e.name: e.evaluate(embedder.encode) for e in evaluators}}

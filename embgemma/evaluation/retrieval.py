@@ -1,4 +1,4 @@
-"""Retrieval: reading judged collections, exact search, and the evaluator."""
+"""Retrieval: reading judged collections, and the evaluator."""
 
 import dataclasses
 import functools
@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from embgemma.data.beir import collection_file, qrels_file, qrels_row
 from embgemma.data.files import read_lines
@@ -14,6 +14,7 @@ from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.prompts import TaskPrompts
 from embgemma.errors import ConfigError, DataError, TrainingError
 from embgemma.evaluation import metrics
+from embgemma.evaluation.stored_vectors import metric_key, search_kept
 
 EncodeFn = Callable[[Sequence[str]], np.ndarray]
 """Prompted texts to float32 [N, E] vectors of unit norm, at full width."""
@@ -186,69 +187,6 @@ def read_pairs(path: str | pathlib.Path) -> RetrievalData:
   return data
 
 
-def _highest(scores: Float[np.ndarray, "Q N"], k: int) -> Bool[np.ndarray, "Q N"]:
-  """True at the k highest of each row; of equal scores the leftmost."""
-  if k >= scores.shape[1]:
-    return np.ones(scores.shape, bool)
-  threshold = np.partition(scores, -k, axis=1)[:, -k, None]
-  highest = scores >= threshold
-  if highest.sum() > k * len(scores):
-    above = scores > threshold
-    room = k - above.sum(axis=1, keepdims=True)
-    ties = highest & ~above
-    highest = above | (ties & (np.cumsum(ties, axis=1, dtype=np.int32) <= room))
-  return highest
-
-
-def _search_rows(
-  queries: Float[np.ndarray, "Q E"],
-  documents: Float[np.ndarray, "N E"],
-  k: int,
-  block_size: int,
-) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
-  best = np.empty((len(queries), 0), queries.dtype)
-  indices = np.empty((len(queries), 0), np.int64)
-  for start in range(0, len(documents), block_size):
-    # Candidates stay in document order, so that "leftmost" means the lowest index.
-    block = queries @ documents[start : start + block_size].T
-    scores = np.concatenate([best, block], axis=1)
-    keep = _highest(scores, k)
-    columns = np.nonzero(keep)[1].reshape(len(queries), min(k, scores.shape[1]))
-    rows, old = np.nonzero(columns < best.shape[1])
-    carried = indices[rows, columns[rows, old]]
-    indices = start + columns - best.shape[1]
-    indices[rows, old] = carried
-    best = scores[keep].reshape(columns.shape)
-  order = np.argsort(-best, axis=1, kind="stable")
-  return np.take_along_axis(best, order, 1), np.take_along_axis(indices, order, 1)
-
-
-def search(
-  queries: Float[np.ndarray, "Q E"],
-  documents: Float[np.ndarray, "N E"],
-  k: int,
-  block_size: int = 2048,
-) -> tuple[Float[np.ndarray, "Q K"], Int[np.ndarray, "Q K"]]:
-  """Returns the exact top k by inner product: scores and document indices.
-
-  K = min(k, N). Rows are in falling order of score; equal scores are in order of
-  document index (trec_eval breaks ties by document name instead). At most
-  block_size x (block_size + K) scores exist at a time. Scores that are equal in
-  exact arithmetic may differ in their last bit between blocks, as matrix products
-  round by shape.
-
-  Raises:
-    ValueError: k or block_size is below 1.
-  """
-  if k < 1 or block_size < 1:
-    raise ValueError(f"k and block_size must be positive, got {k} and {block_size}")
-  starts = range(0, max(len(queries), 1), block_size)
-  parts = [
-    _search_rows(queries[i : i + block_size], documents, k, block_size) for i in starts
-  ]
-  return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
-
-
 def without_self_matches(data: RetrievalData, rankings: Rankings) -> Rankings:
   """The rankings without the document whose id is the query's own.
 
@@ -349,6 +287,7 @@ class RetrievalEvaluator:
     split: The file under `qrels/` of a BEIR folder.
     by_language: Whether to add the metrics of each language's queries.
     block_size: Queries and documents scored at a time.
+    vectors: Formats in which the documents are kept (`vector_formats`).
   """
 
   name: str
@@ -360,6 +299,7 @@ class RetrievalEvaluator:
   split: str | None = None
   by_language: bool = False
   block_size: int = 2048
+  vectors: Sequence[str] = ("float32",)
 
   @functools.cached_property
   def collection(self) -> RetrievalData:
@@ -410,7 +350,7 @@ class RetrievalEvaluator:
   def evaluate(self, encode: EncodeFn) -> dict[str, float]:
     """Means over the queries, in 0..1, by key such as "ndcg@10/768".
 
-    With `by_language` also "ndcg@10:de/768".
+    With `by_language` also "ndcg@10:de/768"; of other `vectors` "ndcg@10 (int8)/768".
 
     Raises:
       DataError: the data is missing or malformed.
@@ -424,9 +364,10 @@ class RetrievalEvaluator:
     queries = encode_checked(encode, texts, self.name, self.widths)
     documents = encode_checked(encode, self.passages, self.name, self.widths)
     return {
-      f"{key}/{width}": value
+      metric_key(key, name, width): value
+      for name in self.vectors
       for width in self.widths
-      for key, value in self._at_width(queries, documents, width).items()
+      for key, value in self._at_width(queries, documents, width, name).items()
     }
 
   def _at_width(
@@ -434,11 +375,12 @@ class RetrievalEvaluator:
     queries: Float[np.ndarray, "Q E"],
     documents: Float[np.ndarray, "N E"],
     width: int,
+    name: str,
   ) -> dict[str, float]:
     data, depth = self.collection, max(self.k, self.recall_k)
     # One more than needed, as a self-match may drop out.
-    _, indices = search(
-      prefix(queries, width), prefix(documents, width), depth + 1, self.block_size
+    indices = search_kept(
+      prefix(queries, width), prefix(documents, width), name, depth + 1, self.block_size
     )
     rankings: Rankings = {
       query: [data.ids[i] for i in row]

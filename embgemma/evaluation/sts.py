@@ -13,6 +13,7 @@ from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.prompts import TaskPrompts
 from embgemma.errors import DataError
 from embgemma.evaluation import metrics, retrieval
+from embgemma.evaluation.stored_vectors import kept_values, metric_key
 
 
 @dataclasses.dataclass
@@ -65,12 +66,14 @@ class StsEvaluator:
     path: See `read_sts`; read at the first `check` or `evaluate` and kept.
     prompts: The query prompt goes in front of both sentences.
     widths: Prefixes to cut; texts are embedded once for all of them.
+    vectors: Formats in which the vectors are kept (`vector_formats`).
   """
 
   name: str
   path: str | pathlib.Path
   prompts: TaskPrompts = TaskPrompts("STS", "STS")
   widths: Sequence[int] = retrieval.MATRYOSHKA_WIDTHS
+  vectors: Sequence[str] = ("float32",)
 
   @functools.cached_property
   def pairs(self) -> ScoredPairs:
@@ -104,15 +107,23 @@ class StsEvaluator:
     first, second = np.array([row[text] for text in sentences]).reshape(2, -1)
     gold = np.array(self.pairs.scores)
     values: dict[str, float] = {}
-    for width in self.widths:
-      cut = retrieval.prefix(vectors, width)
-      values |= self._metric(np.sum(cut[first] * cut[second], axis=1), gold, width)
+    for name in self.vectors:
+      for width in self.widths:
+        (kept,) = kept_values(name, retrieval.prefix(vectors, width))
+        cut = retrieval.prefix(kept, width)  # of unit norm again
+        cosine = np.sum(cut[first] * cut[second], axis=1)
+        values[metric_key(self.metric, name, width)] = self._value(cosine, gold)
     return values
 
-  def _metric(
-    self, cosine: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"], width: int
-  ) -> dict[str, float]:
-    return {f"spearman/{width}": metrics.spearman(cosine, gold)}
+  @property
+  def metric(self) -> str:
+    """Its name."""
+    return "spearman"
+
+  def _value(
+    self, cosine: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"]
+  ) -> float:
+    return metrics.spearman(cosine, gold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +150,12 @@ class PairClassificationEvaluator(StsEvaluator):
       )
     return pairs
 
-  def _metric(
-    self, cosine: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"], width: int
-  ) -> dict[str, float]:
-    return {f"average_precision/{width}": metrics.average_precision(cosine, gold)}
+  @property
+  def metric(self) -> str:
+    """Its name."""
+    return "average_precision"
+
+  def _value(
+    self, cosine: Float[np.ndarray, " N"], gold: Float[np.ndarray, " N"]
+  ) -> float:
+    return metrics.average_precision(cosine, gold)

@@ -47,7 +47,9 @@ def builtin_retrieval(task: str) -> RetrievalData:
 
 
 def evaluators(
-  entries: Mapping[str, str | Mapping[str, Any]], widths: Sequence[int]
+  entries: Mapping[str, str | Mapping[str, Any]],
+  widths: Sequence[int],
+  vectors: Sequence[str] = ("float32",),
 ) -> tuple[Evaluator, ...]:
   """Evaluators from a mapping, as gin's EVALUATIONS gives it.
 
@@ -57,6 +59,7 @@ def evaluators(
       "sts" and "pair_classification" a JSONL file of sentence pairs; any other kind
       picks the prompts of a retrieval task (default "search").
     widths: Matryoshka widths.
+    vectors: Formats in which vectors are kept (`vector_formats`).
 
   Raises:
     ConfigError: unknown kind or key.
@@ -74,12 +77,16 @@ def evaluators(
     default = builtin_corpus.TASKS.get(builtin, "search")
     kind = options.get("kind", default)
     if kind == "sts":
-      made.append(StsEvaluator(name, path, widths=widths))
+      made.append(StsEvaluator(name, path, widths=widths, vectors=vectors))
     elif kind == "pair_classification":
-      made.append(PairClassificationEvaluator(name, path, widths=widths))
+      made.append(
+        PairClassificationEvaluator(name, path, widths=widths, vectors=vectors)
+      )
     elif kind in TASK_PROMPTS:
       data = builtin_retrieval(builtin) if builtin else path
-      made.append(RetrievalEvaluator(name, data, TASK_PROMPTS[kind], widths))
+      made.append(
+        RetrievalEvaluator(name, data, TASK_PROMPTS[kind], widths, vectors=vectors)
+      )
     else:
       raise ConfigError(
         f"evaluation {name!r}: unknown kind {kind!r}; there are "

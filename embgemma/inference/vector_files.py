@@ -1,4 +1,4 @@
-"""Vectors to .npy or .parquet, as they come."""
+"""Vectors to .npy or .parquet, as they come, in any of `vector_formats`."""
 
 import os
 import pathlib
@@ -9,6 +9,7 @@ import numpy as np
 
 from embgemma.errors import ConfigError
 from embgemma.typing import Float
+from embgemma.vector_formats import VectorFormat
 
 SUFFIXES = (".npy", ".parquet")
 
@@ -28,34 +29,36 @@ def write(
   path: pathlib.Path,
   chunks: Iterable[Float[np.ndarray, "N E"]],
   width: int,
+  kept: VectorFormat = VectorFormat("float32"),
 ) -> int:
   """Writes rows in order and returns their number; memory is one chunk's.
 
   Args:
     file: Open for writing and seekable.
-    path: Its final name, which tells the format.
+    path: Its final name, which tells the format of the file.
     chunks: float32 [N, width].
     width: E.
+    kept: The format of the vectors.
   """
   writer = _write_npy if path.suffix == ".npy" else _write_parquet
-  return writer(file, chunks, width)
+  return writer(file, map(kept.codes, chunks), kept.columns(width), kept.dtype)
 
 
-def _npy_header(rows: int, width: int) -> dict:
-  return {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+def _npy_header(rows: int, columns: int, dtype: str) -> dict:
+  return {"descr": dtype, "fortran_order": False, "shape": (rows, columns)}
 
 
 def _write_npy(
-  file: IO[bytes], chunks: Iterable[Float[np.ndarray, "N E"]], width: int
+  file: IO[bytes], chunks: Iterable[np.ndarray], columns: int, dtype: str
 ) -> int:
   # NumPy leaves room in the header for the first axis to grow.
-  np.lib.format.write_array_header_1_0(file, _npy_header(0, width))
+  np.lib.format.write_array_header_1_0(file, _npy_header(0, columns, dtype))
   start, rows = file.tell(), 0
   for chunk in chunks:
-    file.write(np.ascontiguousarray(chunk, "<f4").tobytes())
+    file.write(np.ascontiguousarray(chunk, dtype).tobytes())
     rows += len(chunk)
   file.seek(0)
-  np.lib.format.write_array_header_1_0(file, _npy_header(rows, width))
+  np.lib.format.write_array_header_1_0(file, _npy_header(rows, columns, dtype))
   if file.tell() != start:
     raise RuntimeError(f".npy header of {rows} rows does not fit its place")
   file.seek(0, os.SEEK_END)
@@ -63,17 +66,18 @@ def _write_npy(
 
 
 def _write_parquet(
-  file: IO[bytes], chunks: Iterable[Float[np.ndarray, "N E"]], width: int
+  file: IO[bytes], chunks: Iterable[np.ndarray], columns: int, dtype: str
 ) -> int:
   import pyarrow as pa
   import pyarrow.parquet as pq
 
-  schema = pa.schema([("embedding", pa.list_(pa.float32(), width))])
+  kind = pa.from_numpy_dtype(np.dtype(dtype))
+  schema = pa.schema([("embedding", pa.list_(kind, columns))])
   rows = 0
   with pq.ParquetWriter(file, schema) as writer:
     for chunk in chunks:
-      flat = pa.array(np.ascontiguousarray(chunk, np.float32).reshape(-1))
-      column = pa.FixedSizeListArray.from_arrays(flat, width)
+      flat = pa.array(np.ascontiguousarray(chunk, dtype).reshape(-1))
+      column = pa.FixedSizeListArray.from_arrays(flat, columns)
       writer.write_table(pa.table([column], schema=schema))
       rows += len(chunk)
   return rows

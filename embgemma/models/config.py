@@ -16,6 +16,7 @@ POOLERS = ("mean", "first", "last", "attention")
 ATTENTION_BACKENDS = ("auto", "reference", "block_local", "splash", "cudnn")
 REMAT_POLICIES = ("none", "full", "dots")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+VECTOR_FORMATS = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 WEIGHT_FORMATS = ("q4_0", "q8_0", "int4_channel", "int8_channel")
 
 # Gemma 3: five sliding-window layers, then a global one; layer i is global iff

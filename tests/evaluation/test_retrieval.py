@@ -10,7 +10,7 @@ from sklearn.metrics import ndcg_score
 
 from embgemma.data.prompts import TaskPrompts
 from embgemma.errors import ConfigError, DataError, TrainingError
-from embgemma.evaluation import retrieval
+from embgemma.evaluation import exact_search, retrieval
 from embgemma.evaluation.retrieval import RetrievalData, RetrievalEvaluator
 
 CORPUS = [
@@ -179,7 +179,7 @@ matrices = st.tuples(st.integers(1, 7), st.integers(1, 25), st.integers(1, 4)).f
 @given(matrices, st.integers(1, 30), st.integers(1, 30))
 def test_search_equals_brute_force(sides, k, block_size):
   queries, documents = sides
-  scores, indices = retrieval.search(queries, documents, k, block_size)
+  scores, indices = exact_search.search(queries, documents, k, block_size)
   full = queries.astype(np.float64) @ documents.astype(np.float64).T
   expected = np.argsort(-full, axis=1, kind="stable")[:, :k]
   np.testing.assert_array_equal(indices, expected)
@@ -197,7 +197,9 @@ def test_search_never_holds_the_whole_matrix():
 
   rng = np.random.default_rng(0)
   queries = rng.standard_normal((20, 8), np.float32).view(Counted)
-  retrieval.search(queries, rng.standard_normal((50, 8), np.float32), 3, block_size=8)
+  exact_search.search(
+    queries, rng.standard_normal((50, 8), np.float32), 3, block_size=8
+  )
   assert max(sizes) == 64
   assert sum(sizes) == 20 * 50
 
@@ -206,7 +208,7 @@ def test_search_never_holds_the_whole_matrix():
 def test_search_refuses_empty_lists_and_blocks(k, block_size):
   ones = np.ones((2, 2), np.float32)
   with pytest.raises(ValueError, match="must be positive"):
-    retrieval.search(ones, ones, k, block_size)
+    exact_search.search(ones, ones, k, block_size)
 
 
 def test_self_match_is_dropped_unless_judged():

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embgemma import cli
+from embgemma import cli, vector_formats
 from embgemma.checkpoints import CheckpointStore, read_description
 from embgemma.interop import conversion, weights
 
@@ -24,6 +24,7 @@ def test_train_writes_a_model_directory(trained):
     "model.json",
     "evaluations.json",
     "operative.gin",
+    "system.json",
     "tensorboard",
     "tokenizer.model",
   }
@@ -264,3 +265,51 @@ def test_module_and_script_are_the_same():
   )
   assert module.returncode == script.returncode == 0
   assert module.stdout == script.stdout
+
+
+def test_vectors_in_fewer_bytes(trained, workspace, texts, tmp_path):
+  model = (f"--checkpoint={trained}", f"--input={tmp_path / 'texts.txt'}")
+  embed(workspace, *model, f"--output={tmp_path / 'plain.npy'}")
+  plain = np.load(tmp_path / "plain.npy")
+  for name, columns in (("float16", 32), ("int8", 32), ("ubinary", 4)):
+    done = embed(
+      workspace, *model, f"--output={tmp_path / name}.npy", f"--vectors={name}"
+    )
+    assert f"20 vectors of width 32, {name}, " in done.stderr
+    codes = np.load(tmp_path / f"{name}.npy")
+    expected = vector_formats.calibrated(name, plain).codes(plain)
+    assert codes.shape == (20, columns)
+    np.testing.assert_array_equal(codes, expected)
+  ranges = f"--ranges={tmp_path / 'int8.ranges.npy'}"
+  again = tmp_path / "again.parquet"
+  embed(workspace, *model, f"--output={again}", "--vectors=int8", ranges)
+  assert not (tmp_path / "again.ranges.npy").exists()
+  column = pq.read_table(again)["embedding"]
+  assert column.type.value_type == "int8"
+  np.testing.assert_array_equal(column.to_pylist(), np.load(tmp_path / "int8.npy"))
+  for flags, message in (
+    (("--vectors=binary", ranges), "--ranges is for int8 and uint8, not binary"),
+    (("--vectors=int8", ranges, "--dim=16"), "vectors of width 16 need (2, 16)"),
+    (("--vectors=int8", f"--ranges={tmp_path / 'no.npy'}"), "cannot be read"),
+  ):
+    refused = workspace.run("embed", *model, f"--output={tmp_path / 'x.npy'}", *flags)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_evaluation_of_vectors_in_fewer_bytes(trained, workspace):
+  done = workspace.run(
+    "eval",
+    f"--checkpoint={trained}",
+    f"--data=own={workspace.root / 'plain.jsonl'}",
+    "--vectors=float32,int8,binary",
+    "--widths=32",
+  )
+  assert done.returncode == 0, done.stderr
+  for name in ("ndcg@10 (int8)", "ndcg@10 (binary)"):
+    assert name in done.stdout
+  refused = workspace.run(
+    "eval", f"--checkpoint={trained}", "--data=a=b", "--vectors=x"
+  )
+  assert "--vectors=x: there are float32" in refused.stderr

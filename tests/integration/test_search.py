@@ -39,7 +39,9 @@ def test_trials_are_runs_of_their_mixture(searched):
   for index, trial in enumerate(found["trials"]):
     run = directory / "trials" / f"{index:04d}"
     results = json.loads((run / "evaluations.json").read_text())
+    assert list(results) == ["4"]  # the start is the same for all
     assert trial["scores"] == {"mean": results["4"]["own"]["ndcg@10/32"]}
+    assert "tokenising" not in (run / "train.log").read_text()
     gin = (run / "operative.gin").read_text()
     assert f"RANDOM_SEED = {index if index < 2 else 0}" in gin
     assert str(trial["rates"]["plain"]) in gin
