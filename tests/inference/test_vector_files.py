@@ -55,7 +55,7 @@ def test_npy_header_has_room_for_any_number_of_rows():
   sizes = set()
   for rows in (0, 10**6, 10**15):
     file = io.BytesIO()
-    header = vector_files._npy_header(rows, 768)
+    header = vector_files._npy_header(rows, 768, "<f4")
     np.lib.format.write_array_header_1_0(file, header)
     sizes.add(file.tell())
   assert len(sizes) == 1
