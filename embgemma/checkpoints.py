@@ -335,8 +335,9 @@ class CheckpointStore:
     return step
 
   def shipped_item(self, step: int) -> str:
-    """The item to evaluate and to ship: averaged parameters, where kept."""
-    return "ema" if (self._directory / str(step) / "ema").is_dir() else "params"
+    """The item to evaluate and to ship: averaged parameters or codes, where kept."""
+    kept = (self._directory / str(step) / item for item in ("ema", "codes"))
+    return next((path.name for path in kept if path.is_dir()), "params")
 
   def can_resume(self, step: int) -> bool:
     """Whether a run wrote this step, rather than an import."""
@@ -404,7 +405,9 @@ class _OneAtATime(ocp.type_handlers.NumpyHandler):
     return []
 
 
-def write_weights(model_dir: pathlib.Path, params: PyTree) -> None:
+def write_weights(
+  model_dir: pathlib.Path, params: PyTree, item: str = "params"
+) -> None:
   """Writes weights without a run, as step 0: what a new run can start from.
 
   Beyond the weights one array is in memory. Not compressed: zstd takes off 8 % of
@@ -413,6 +416,7 @@ def write_weights(model_dir: pathlib.Path, params: PyTree) -> None:
   Args:
     model_dir: The checkpoint directory.
     params: Numpy arrays.
+    item: Their name in the step.
 
   Raises:
     CheckpointError: the directory cannot be written.
@@ -428,10 +432,10 @@ def write_weights(model_dir: pathlib.Path, params: PyTree) -> None:
   with (
     write_errors(directory),
     ocp.CheckpointManager(
-      directory, options=options, item_handlers={"params": handler}
+      directory, options=options, item_handlers={item: handler}
     ) as manager,
   ):
-    items = ocp.args.Composite(params=ocp.args.PyTreeSave(params))
+    items = ocp.args.Composite(**{item: ocp.args.PyTreeSave(params)})
     manager.save(0, args=items)
 
 

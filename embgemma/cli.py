@@ -31,11 +31,23 @@ _OF_MODELS = {
   "export": models.run_export,
   "soup": models.run_soup,
   "extract": models.run_extract,
+  "quantize": models.run_quantize,
   "report": report.run_report,
 }
 # What is unfinished when they are terminated is removed on the way.
 _CLEARED = frozenset(
-  {"cache", "teach", "mine", "search", "recipe", "import", "export", "soup", "extract"}
+  {
+    "cache",
+    "teach",
+    "mine",
+    "search",
+    "recipe",
+    "import",
+    "export",
+    "soup",
+    "extract",
+    "quantize",
+  }
 )
 
 

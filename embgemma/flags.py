@@ -302,6 +302,17 @@ def parser() -> argparse.ArgumentParser:
   )
   soup.add_argument("--overwrite", action="store_true", help="replace --output")
 
+  quantize = command("quantize", "keep a checkpoint's weights in 4 or 8 bits")
+  quantize.add_argument("--checkpoint", required=True, help=checkpoint_help)
+  quantize.add_argument("--output", required=True, help="MODEL_DIR to make")
+  quantize.add_argument(
+    "--format",
+    default="trained",
+    choices=("trained", "int8_block32", "int4_block32", "mixed_channel"),
+    help="default is that of quantization-aware training",
+  )
+  quantize.add_argument("--overwrite", action="store_true", help="replace --output")
+
   export = command("export", "write a checkpoint for other tools")
   export.add_argument(
     "--to",

@@ -1,4 +1,4 @@
-"""Commands that make one model of others: import, soup, extract, export."""
+"""Commands that make one model of others: import, soup, extract, quantize, export."""
 
 import argparse
 import functools
@@ -134,6 +134,33 @@ def _hidden_width(value: str | None) -> int | Literal["default"] | None:
 def _say_converted(model: Any, notes: Iterable[str], output: pathlib.Path) -> None:
   say_notes(notes)
   say(f"{model.size:,} parameters: {output}")
+
+
+def run_quantize(options: argparse.Namespace) -> None:
+  """Writes a checkpoint whose weights are codes of 4 and 8 bits."""
+  from rich.console import Console
+
+  from embgemma.interop import conversion, quantizing
+  from embgemma.models import quantization
+
+  output = pathlib.Path(options.output)
+  outputs.check_directory(output, options.overwrite, options.checkpoint)
+  model = conversion.open_embedder(options.checkpoint)
+  rules = model.description.embedder.quantization
+  if options.format != "trained":
+    rules = getattr(quantization, options.format)()
+  if rules is None:
+    raise ConfigError(
+      f"{options.checkpoint}: was not trained in a format of 4 or 8 bits; give "
+      "--format=int8_block32, int4_block32 or mixed_channel"
+    )
+  quantized = quantizing.quantize(model, rules)
+  with outputs.new_directory(output) as directory:
+    quantizing.write(quantized, directory)
+  for table in quantizing.tables(quantized):
+    Console().print(table)
+  say_notes(model.notes)
+  say(f"{model.size:,} parameters in {quantized.bytes / 1e6:,.1f} MB: {output}")
 
 
 def run_export(options: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from embgemma.models.embedder import (
   computed_config,
   on_platform,
 )
+from embgemma.models.quantization import is_quantized
 from embgemma.typing import Float, Int, PackedTexts, Params
 
 # Texts sorted by length together: enough to pack well, few enough to hold.
@@ -117,7 +118,7 @@ class TextEncoder:
     One window more is read and tokenised meanwhile.
     """
     texts = iter(texts)
-    if self.config.quantization is not None:
+    if self.config.quantization is not None and not is_quantized(params):
       params = self._computed(params)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
 
@@ -267,7 +268,7 @@ class CheckpointEmbedder:
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
   ):
-    model = conversion.open_embedder(checkpoint)
+    model = conversion.open_embedder(checkpoint, codes=True)
     self.notes = model.notes
     directory = pathlib.Path(checkpoint).resolve()
     self.name = directory.name if model.step is None else f"step {model.step}"

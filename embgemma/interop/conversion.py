@@ -46,6 +46,7 @@ def load(
 def open_embedder(
   path: str | os.PathLike[str],
   check: Callable[[EmbedderConfig], None] = lambda config: None,
+  codes: bool = False,
 ) -> Model:
   """The embedder of a checkpoint or of a Hugging Face directory.
 
@@ -56,6 +57,8 @@ def open_embedder(
       `sentence_transformers.load` reads.
     check: Raises for a configuration that the caller has no use for; of a checkpoint
       before its weights are read.
+    codes: Whether weights of 4 and 8 bits may stay codes (`Quantized`), which
+      an Embedder takes as they are.
 
   Raises:
     CheckpointError: there is no embedder, or it is damaged.
@@ -64,14 +67,17 @@ def open_embedder(
   if checkpoints.is_checkpoint(directory) or not sentence_transformers.is_model(
     directory
   ):
-    return _read_checkpoint(directory, step, check)
+    return _read_checkpoint(directory, step, check, codes)
   model = load("hf", directory)
   check(model.description.embedder)
   return dataclasses.replace(model, directory=directory)
 
 
 def _read_checkpoint(
-  directory: pathlib.Path, step: int | None, check: Callable[[EmbedderConfig], None]
+  directory: pathlib.Path,
+  step: int | None,
+  check: Callable[[EmbedderConfig], None],
+  codes: bool,
 ) -> Model:
   description = checkpoints.read_description(directory)
   try:
@@ -80,7 +86,10 @@ def _read_checkpoint(
     raise CheckpointError(f"{directory}: {error}") from error
   check(config)
   step = CheckpointStore(directory).resolve_step(step)
-  params = weights.read(directory, step, config)
+  if codes and weights.holds_codes(directory, step):
+    params = weights.read_codes(directory, step, config)
+  else:
+    params = weights.read(directory, step, config)
   vocabulary = checkpoints.read_vocabulary(directory)
   merged, config = lora.merge(params, config)
   description = dataclasses.replace(description, config=config)

@@ -79,8 +79,8 @@ def computed(params: Params, config: EmbedderConfig) -> Params:
   """The parameters that a model with formats computes with, differentiable.
 
   Adapters are merged into their kernels, and what has a format is rounded, straight
-  through; `computed_config` is the configuration of the result. Without formats they
-  are the given ones.
+  through; `computed_config` is the configuration of the result. Without formats, or as
+  codes, they are the given ones.
 
   Args:
     params: Of an Embedder, without axis boxes.
@@ -89,7 +89,7 @@ def computed(params: Params, config: EmbedderConfig) -> Params:
   Raises:
     ConfigError: see `quantization.formats`.
   """
-  if config.quantization is None:
+  if config.quantization is None or quantization.is_quantized(params):
     return params
   merged, _ = lora.merge(params, config)
   return quantization.rounded(merged, config.quantization)

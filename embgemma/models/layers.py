@@ -12,6 +12,7 @@ from jax.custom_derivatives import SymbolicZero
 from embgemma.models import attention, lora
 from embgemma.models.attention import AttentionInputs, CrossInputs
 from embgemma.models.config import TransformerConfig
+from embgemma.models.quantization import Quantized
 from embgemma.models.rotary import apply_rotary
 from embgemma.typing import Array, ArrayLike, DTypeLike, Float
 
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Module):
-  """A bias-free map with a 2-D kernel [in, out], float32 parameters.
+  """A bias-free map with a 2-D kernel [in, out], float32 parameters, or codes of it.
 
   It adds the adapters that its parameters have. They are not of its making:
   `lora.add` draws them and `lora.scaled` gives B its factor, so that no layer needs
@@ -89,6 +90,8 @@ class Linear(nn.Module):
       jnp.float32,
     )
     x = jnp.asarray(x, self.dtype)
+    if isinstance(kernel, Quantized):  # this layer's alone is ever whole
+      kernel = kernel.values()
     y = self._multiply(x, kernel)
     if not self.has_variable("params", lora.A):
       return y

@@ -34,11 +34,13 @@ class Quantized:
     scales: Of its shape but for the axis of input features, which has one a block, or
       1: float16 of blocks, float32 of channels.
     axis: Of input features, from the end.
+    bits: That a code needs.
   """
 
   codes: Array
   scales: Array
   axis: int = flax.struct.field(pytree_node=False)
+  bits: int = flax.struct.field(pytree_node=False)
 
   def values(self) -> Float[Array, "..."]:
     """What the codes stand for, float32."""
@@ -46,9 +48,14 @@ class Quantized:
     scales = jnp.repeat(self.scales.astype(jnp.float32), size // blocks, self.axis)
     return scales * self.codes.astype(jnp.float32)
 
+  def rows(self, indices: Array) -> Float[Array, "..."]:
+    """Values of some rows of a table: its input features are the last axis."""
+    codes, scales = (jnp.take(x, indices, axis=0) for x in (self.codes, self.scales))
+    return Quantized(codes, scales, self.axis, self.bits).values()
+
 
 def _by_block(
-  round_block: Callable[[Array], tuple[Array, Array]], x: Array, axis: int
+  bits: int, round_block: Callable[[Array], tuple[Array, Array]], x: Array, axis: int
 ) -> Quantized:
   rows = jnp.moveaxis(x.astype(jnp.float32), axis, -1)
   blocks = rows.reshape(*rows.shape[:-1], -1, BLOCK)
@@ -58,6 +65,7 @@ def _by_block(
     # Codes are of the scale as it is; what is kept, and used, is its float16.
     jnp.moveaxis(scales[..., 0].astype(jnp.float16), -1, axis),
     axis,
+    bits,
   )
 
 
@@ -94,7 +102,7 @@ def _by_channel(bits: int, x: Array, axis: int) -> Quantized:
   x = x.astype(jnp.float32)
   scale = _divided(jnp.max(jnp.abs(x), axis=axis, keepdims=True), top)
   codes = jnp.clip(jnp.round(x * _inverse(scale)), -top - 1, top)
-  return Quantized(codes.astype(jnp.int8), scale, axis)
+  return Quantized(codes.astype(jnp.int8), scale, axis, bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +130,8 @@ class WeightFormat:
 
 
 FORMATS: Mapping[str, WeightFormat] = {
-  "q4_0": WeightFormat(4, BLOCK, functools.partial(_by_block, _q4_0)),
-  "q8_0": WeightFormat(8, BLOCK, functools.partial(_by_block, _q8_0)),
+  "q4_0": WeightFormat(4, BLOCK, functools.partial(_by_block, 4, _q4_0)),
+  "q8_0": WeightFormat(8, BLOCK, functools.partial(_by_block, 8, _q8_0)),
   "int4_channel": WeightFormat(4, None, functools.partial(_by_channel, 4)),
   "int8_channel": WeightFormat(8, None, functools.partial(_by_channel, 8)),
 }
@@ -179,18 +187,22 @@ def formats(params: Params, config: QuantizationConfig) -> dict[tuple[str, ...],
   return found
 
 
-def rounded(params: Params, config: QuantizationConfig | None) -> Params:
+def rounded(params: Params, config: QuantizationConfig) -> Params:
   """The parameters with the values that their formats have, straight through.
 
   Raises:
     ConfigError: see `formats`.
   """
-  if config is None:
-    return params
   flat = traverse_util.flatten_dict(params)
   for path, name in formats(params, config).items():
     flat[path] = straight_through(flat[path], name, input_axis(path))
   return traverse_util.unflatten_dict(flat)
+
+
+def is_quantized(params: Params) -> bool:
+  """Whether parameters are codes, as of `quantized`."""
+  leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+  return any(isinstance(leaf, Quantized) for leaf in leaves)
 
 
 def quantized(params: Params, config: QuantizationConfig) -> Params:

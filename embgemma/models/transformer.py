@@ -11,6 +11,7 @@ from embgemma.models import attention
 from embgemma.models.attention import Memory
 from embgemma.models.config import TransformerConfig
 from embgemma.models.layers import LayerGroup, RMSNorm
+from embgemma.models.quantization import Quantized
 from embgemma.typing import Array, ArrayLike, Float, Int
 
 _REMAT = {
@@ -25,20 +26,23 @@ def embedding_scale(config: TransformerConfig) -> Array:
 
 
 def token_vectors(
-  table: Float[ArrayLike, "V D"],
+  table: Float[ArrayLike, "V D"] | Quantized,
   tokens: Int[ArrayLike, "R L"],
   config: TransformerConfig,
 ) -> Float[Array, "R L D"]:
   """Rows of the table times `embedding_scale`, in the compute dtype: the stack's input.
 
   Args:
-    table: Of the stack.
+    table: Of the stack, or its codes.
     tokens: Token ids, < vocab_size.
     config: Of the stack.
   """
   # Look up, then cast: casting first would copy the whole table.
-  x = jnp.take(table, tokens, axis=0).astype(jnp.dtype(config.dtype))
-  return x * embedding_scale(config)
+  if isinstance(table, Quantized):
+    x = table.rows(jnp.asarray(tokens))
+  else:
+    x = jnp.take(table, tokens, axis=0)
+  return x.astype(jnp.dtype(config.dtype)) * embedding_scale(config)
 
 
 class TokenEmbedding(nn.Module):

@@ -44,6 +44,7 @@ OUTPUTS: Mapping[str, CommandOutput] = {
   "export": _MODEL,
   "extract": _MODEL,
   "soup": _MODEL,
+  "quantize": _MODEL,
   "eval": CommandOutput(flag="output", file="results.json"),
 }
 # Those that take gin files.

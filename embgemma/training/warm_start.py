@@ -21,6 +21,7 @@ from embgemma.checkpoints import CheckpointStore
 from embgemma.data.fingerprints import digest
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import CheckpointError, ConfigError
+from embgemma.interop import codes
 from embgemma.models import adaptation, lora
 from embgemma.models.adaptation import RANDOM, Adapted, Origin, Source
 from embgemma.models.config import BackboneConfig, EmbedderConfig
@@ -55,6 +56,11 @@ class StartingPoint:
     """
     store = CheckpointStore(self.directory)
     item = store.shipped_item(self.step)
+    if item == codes.ITEM:
+      raise CheckpointError(
+        f"{self.path}: holds weights of 4 or 8 bits, which do not train on; start from "
+        "the checkpoint that `embgemma quantize` read"
+      )
     return store.restore(self.step, {item: abstract})[item]
 
 
