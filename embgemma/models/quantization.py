@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -19,12 +19,14 @@ from flax import traverse_util
 
 from embgemma.errors import ConfigError
 from embgemma.models.config import QuantizationConfig
-from embgemma.typing import Array, Float, Params
+from embgemma.typing import Array, ArrayLike, Float, Params
 
 BLOCK = 32
 _TABLE, _KERNEL = "table", "kernel"
 
 
+# As a pytree node rebuilt around shapes and comparisons: its fields are not checked.
+@no_type_check
 @flax.struct.dataclass
 class Quantized:
   """A parameter as codes and scales.
@@ -37,16 +39,16 @@ class Quantized:
     bits: That a code needs.
   """
 
-  codes: Array
-  scales: Array
+  codes: ArrayLike
+  scales: ArrayLike
   axis: int = flax.struct.field(pytree_node=False)
   bits: int = flax.struct.field(pytree_node=False)
 
   def values(self) -> Float[Array, "..."]:
     """What the codes stand for, float32."""
-    size, blocks = self.codes.shape[self.axis], self.scales.shape[self.axis]
-    scales = jnp.repeat(self.scales.astype(jnp.float32), size // blocks, self.axis)
-    return scales * self.codes.astype(jnp.float32)
+    codes, scales = (jnp.asarray(x, jnp.float32) for x in (self.codes, self.scales))
+    size, blocks = codes.shape[self.axis], scales.shape[self.axis]
+    return jnp.repeat(scales, size // blocks, self.axis) * codes
 
   def rows(self, indices: Array) -> Float[Array, "..."]:
     """Values of some rows of a table: its input features are the last axis."""
@@ -195,7 +197,7 @@ def rounded(params: Params, config: QuantizationConfig) -> Params:
   """
   flat = traverse_util.flatten_dict(params)
   for path, name in formats(params, config).items():
-    flat[path] = straight_through(flat[path], name, input_axis(path))
+    flat[path] = straight_through(jnp.asarray(flat[path]), name, input_axis(path))
   return traverse_util.unflatten_dict(flat)
 
 
