@@ -32,7 +32,10 @@ def start(output: pathlib.Path, name: str) -> subprocess.Popen[bytes]:
   directory = f"--gin.RECIPE_DIR={output / name}"
   environment = {**os.environ, "EMBGEMMA_CACHE": str(output / f"{name}_cache")}
   return subprocess.Popen(
-    [*command, directory, "--jobs=2"], stdout=log, stderr=subprocess.STDOUT, env=environment
+    [*command, directory, "--jobs=2"],
+    stdout=log,
+    stderr=subprocess.STDOUT,
+    env=environment,
   )
 
 
