@@ -215,15 +215,13 @@ def _recipe_section(records: Records) -> list[Section]:
     for stage in records.stages
   ]
   heads = ["stage", "state", "time", "command", "reads"]
-  commands = [
-    Detail(
-      f"command of {stage.name}",
-      "embgemma " + " \\\n  ".join(map(shlex.quote, stage.command)),
-    )
+  commands = "\n\n".join(
+    f"# {stage.name}\nembgemma " + " \\\n  ".join(map(shlex.quote, stage.command))
     for stage in records.stages
-  ]
+  )
   table = Table(heads, rows, numbers=frozenset({2}))
-  return [Section("Stages", tables=[table], details=commands)]
+  details = [Detail("commands", commands)]
+  return [Section("Stages", tables=[table], details=details)]
 
 
 def _results_sections(results: Mapping[str, TaskResults]) -> list[Section]:
@@ -302,20 +300,21 @@ def _mean_rows(results: Mapping[str, TaskResults]) -> list[list[str]]:
   for width in sorted(widths, reverse=True):
     cells = []
     for of in results.values():
-      cut = {
-        task: {key: value for key, value in metrics.items() if _at(key, width)}
-        for task, metrics in of.items()
-      }
-      complete = set(of) == tasks and all(cut.values())
-      cells.append(f"{100 * mean_score(cut):.2f}" if complete else report.MISSING)
+      scores = [
+        next((value for key, value in metrics.items() if _at(key, width)), None)
+        for metrics in of.values()
+      ]
+      known = [score for score in scores if score is not None]
+      complete = set(of) == tasks and len(known) == len(scores)
+      cells.append(f"{100 * np.mean(known):.2f}" if complete else report.MISSING)
     rows.append(["mean", "of main metrics", str(width), *cells])
   return rows
 
 
 def _at(key: str, width: int) -> bool:
-  """Whether a key is of a main metric at a width."""
+  """Whether a key is of a main metric at a width, or of one without (BM25's)."""
   metric, _, at = key.partition("/")
-  return metric in MAIN_METRICS and at == str(width)
+  return metric in MAIN_METRICS and at in (str(width), "")
 
 
 def _number(cell: str) -> float:
@@ -446,7 +445,8 @@ def _hardware(system: Mapping[str, Any]) -> str:
     return ""
   processes = system["processes"]
   several = f", {processes} processes" if processes > 1 else ""
-  return f"{system['devices']} × {system['device_kind']}{several}"
+  cores = f" ({system['cores']} cores)" if system["device_kind"] == "cpu" else ""
+  return f"{system['devices']} × {system['device_kind']}{cores}{several}"
 
 
 def _lineage(run: Run) -> str:

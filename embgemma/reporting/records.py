@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ _RECIPE, _SEARCH, _MODEL = "recipe.json", "search.json", "model.json"
 _EVALUATIONS, _INGREDIENTS = "evaluations.json", "ingredients.json"
 _SYSTEM, _GIN, _ADAPTATION = "system.json", "operative.gin", "adaptation.json"
 _RESULTS = "results.json"
+_KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
+_STEP = re.compile(r"step \d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,8 @@ def _recipe(path: pathlib.Path, prefix: str) -> tuple[list[StageRow], list[Any]]
     stages.append(StageRow(prefix + name, *(stage[field] for field in fields)))
     if stage["directory"] is not None and stage["state"] != "waiting":
       record = _record(prefix + name, path / stage["directory"])
+      if isinstance(record, Evaluation):
+        record = _named_as(record, prefix, stage["command"])
       if isinstance(record, Run) and stage["state"] != "complete":
         record = dataclasses.replace(record, complete=False)
       outputs += [] if record is None else [record]
@@ -163,6 +168,21 @@ def _record(name: str, path: pathlib.Path) -> Run | Search | Evaluation | None:
     if file.is_file() and file.suffix == ".json":
       return Evaluation(name, _results(file))
   return None
+
+
+def _named_as(
+  evaluation: Evaluation, prefix: str, command: Sequence[str]
+) -> Evaluation:
+  """With the name of the stage that it evaluates, where `embgemma eval` has a step."""
+  paths = [flag for flag in command if flag.startswith("--checkpoint=")]
+  if not paths:
+    return evaluation
+  stage = prefix + _KEY.sub("", pathlib.Path(paths[-1].partition("=")[2]).name)
+  results = {
+    stage if _STEP.fullmatch(column) else column: of
+    for column, of in evaluation.results.items()
+  }
+  return dataclasses.replace(evaluation, results=results)
 
 
 def _results(file: pathlib.Path) -> dict[str, TaskResults]:

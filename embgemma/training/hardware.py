@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import platform
 import re
@@ -153,6 +154,7 @@ def write_system(directory: pathlib.Path, mesh: Mesh) -> None:
   content = {
     "device_kind": mesh.devices.flat[0].device_kind,
     "devices": mesh.devices.size,
+    "cores": os.cpu_count(),
     "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
     "processes": jax.process_count(),
     "versions": {

@@ -69,7 +69,7 @@ def test_bm25_has_no_width(make_run, tmp_path):
   file.write_text(json.dumps(of_eval))
   rows = table(made(run, file).markdown(), "Held-out evaluation")
   assert rows["a", "ndcg@10", "16"] == ["30.00", "20.00", "**40.00**"]
-  assert rows["mean", "of main metrics", "64"] == ["50.00", "**60.00**", "–"]
+  assert rows["mean", "of main metrics", "64"] == ["50.00", "**60.00**", "40.00"]
 
 
 def test_other_json_is_refused(tmp_path):
@@ -98,6 +98,22 @@ def test_what_is_not_done_has_no_results(make_run, tmp_path):
   rows = table(text.markdown(), "Held-out evaluation")
   assert rows["a", "ndcg@10", "64"] == ["50.00"]
   assert text.cards["stages complete"] == "1 of 2"
+
+
+def test_an_evaluation_has_the_name_of_what_it_evaluates(tmp_path):
+  (tmp_path / "evaluation-1").mkdir()
+  results = {"step 0": result(a=(0.6, 0.2)), "BM25": {"a": {"ndcg@10": 0.4}}}
+  (tmp_path / "evaluation-1" / "results.json").write_text(json.dumps(results))
+  stage = {
+    "state": "complete",
+    "seconds": 1.0,
+    "needs": [],
+    "directory": "evaluation-1",
+  }
+  stage["command"] = ["eval", "--checkpoint=r/soup-0123abcd", "--bm25"]
+  recipe = {"stages": {"evaluation": stage}}
+  (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+  assert "| task | metric | width | soup | BM25 |" in made(tmp_path).markdown()
 
 
 def test_a_model_without_a_task_has_no_mean(make_run):
