@@ -318,17 +318,18 @@ def parser() -> argparse.ArgumentParser:
     "--to",
     dest="target_format",
     required=True,
-    choices=("hf", "gguf"),
-    help="hf: a sentence-transformers directory; gguf: a file for llama.cpp",
+    choices=("hf", "gguf", "onnx"),
+    help="hf: a sentence-transformers directory; gguf: a file for llama.cpp; onnx: a "
+    "directory for onnxruntime and browsers",
   )
   export.add_argument("--checkpoint", required=True, help=checkpoint_help)
   export.add_argument("--output", required=True, help="directory, or .gguf file")
   export.add_argument(
     "--dtype",
     default="float32",
-    choices=("float32", "bfloat16", "float16", "q8_0", "q4_0", "trained"),
-    help="of the weights; q8_0, q4_0 (token table q8_0) and trained (the formats of "
-    "quantization-aware training) are for gguf",
+    choices=("float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "trained"),
+    help="of the weights; int8 is for onnx; q8_0, q4_0 (token table q8_0) and trained "
+    "(the formats of quantization-aware training) are for gguf",
   )
   export.add_argument(
     "--max_length",

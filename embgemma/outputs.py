@@ -140,7 +140,8 @@ def _exists(path: pathlib.Path) -> DataError:
 def _holds_model(path: pathlib.Path) -> bool:
   if (path / "model.json").exists():
     return (path / "checkpoints").is_dir()
-  return (path / "config.json").exists() and any(path.glob("*.safetensors"))
+  weights = (*path.glob("*.safetensors"), *path.glob("onnx/*.onnx"))
+  return (path / "config.json").exists() and bool(weights)
 
 
 def _replace(made: pathlib.Path, path: pathlib.Path) -> None:

@@ -1,0 +1,153 @@
+"""Embedders as ONNX: token ids and mask in, unit vectors out.
+
+torch's exporter writes what sentence-transformers computes with the exported weights;
+onnxruntime quantizes it. Both are of the extra `onnx`.
+"""
+
+import contextlib
+import logging
+import pathlib
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+from embgemma.errors import ConfigError
+from embgemma.interop import sentence_transformers_writer
+from embgemma.interop.model import Model
+
+DTYPES = ("float32", "int8")
+INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
+_MODEL = pathlib.Path("onnx") / "model.onnx"
+_INT8_MODEL = pathlib.Path("onnx") / "model_quantized.onnx"  # as transformers.js has it
+_EXAMPLE = (2, 8)  # texts and tokens that the exporter traces with; both vary
+_MOST_TEXTS = 4096
+
+
+def check_exportable(dtype: str) -> None:
+  """Refuses what `write` would, before weights are read.
+
+  Raises:
+    ConfigError: another dtype, or the extra is not installed.
+  """
+  if dtype not in DTYPES:
+    raise ConfigError(f"--dtype={dtype}: onnx has {' and '.join(DTYPES)}")
+  try:
+    import onnx  # noqa: F401
+    import onnxruntime  # noqa: F401
+    import onnxscript  # noqa: F401
+    import sentence_transformers  # noqa: F401
+  except ModuleNotFoundError as error:
+    raise ConfigError(
+      f"`embgemma export --to=onnx` needs {error.name}: pip install 'embgemma[onnx]'"
+    ) from error
+
+
+def write(
+  model: Model, directory: pathlib.Path, dtype: str, max_length: int, card: str = ""
+) -> tuple[str, ...]:
+  """Writes onnx/model.onnx (int8: model_quantized.onnx) with tokenizer and settings.
+
+  The graph takes int64 `input_ids` and `attention_mask` [texts, tokens], with BOS, EOS
+  and the prompt, and gives float32 `sentence_embedding` [texts, E] of unit norm. int8
+  is onnxruntime's dynamic quantization: weights by output channel, activations as they
+  come.
+
+  Args:
+    model: An embedder.
+    directory: Exists, and is empty.
+    dtype: Of the weights, one of DTYPES.
+    max_length: Tokens a text is cut to.
+    card: Content of README.md.
+
+  Returns:
+    What the user should know about it.
+
+  Raises:
+    CheckpointError, ConfigError: see `sentence_transformers_writer.write`.
+  """
+  with tempfile.TemporaryDirectory() as made:
+    whole = pathlib.Path(made) / "model"
+    whole.mkdir()
+    notes = sentence_transformers_writer.write(
+      model, whole, "float32", max_length, card
+    )
+    path = directory / _MODEL
+    path.parent.mkdir()
+    _export(whole, path, max_length)
+    if dtype == "int8":
+      _quantize(path, directory / _INT8_MODEL)
+      for unquantized in path.parent.glob(f"{path.name}*"):  # and its .data
+        unquantized.unlink()
+    for file in whole.iterdir():
+      if file.is_file() and file.suffix != ".safetensors":
+        shutil.copy2(file, directory / file.name)
+  return notes
+
+
+def _export(source: pathlib.Path, path: pathlib.Path, max_length: int) -> None:
+  import torch
+  from sentence_transformers import SentenceTransformer
+  from transformers.utils import logging as transformers_logging
+
+  transformers_logging.disable_progress_bar()
+  loaded = SentenceTransformer(
+    str(source),
+    device="cpu",
+    local_files_only=True,
+    model_kwargs={"attn_implementation": "eager"},
+  )
+
+  class Vectors(torch.nn.Module):
+    """All modules of the pipeline, as a function of tensors."""
+
+    def __init__(self) -> None:
+      super().__init__()
+      self.modules_of_it = loaded
+
+    def forward(self, input_ids, attention_mask):
+      features = {"input_ids": input_ids, "attention_mask": attention_mask}
+      return self.modules_of_it(features)[OUTPUT]
+
+  ids = torch.ones(_EXAMPLE, dtype=torch.int64)
+  varying = {
+    0: torch.export.Dim("texts", min=1, max=_MOST_TEXTS),
+    1: torch.export.Dim("tokens", min=2, max=max_length),
+  }
+  with _quiet(), torch.no_grad():
+    program = torch.onnx.export(
+      Vectors().eval(),
+      (ids, torch.ones_like(ids)),
+      dynamo=True,
+      dynamic_shapes=(varying, varying),
+      input_names=list(INPUTS),
+      output_names=[OUTPUT],
+      verbose=False,
+    )
+  assert program is not None
+  program.save(str(path))
+
+
+def _quantize(source: pathlib.Path, path: pathlib.Path) -> None:
+  import onnx
+  from onnxruntime import quantization
+
+  graph = onnx.load(source)
+  # The exporter's shapes of what lies between are not onnx's own, which it refuses.
+  graph.graph.ClearField("value_info")
+  with _quiet():
+    quantization.quantize_dynamic(
+      graph, path, per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without what exporters say about themselves."""
+  logging.disable(logging.WARNING)
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      yield
+  finally:
+    logging.disable(logging.NOTSET)
