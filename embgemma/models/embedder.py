@@ -102,6 +102,17 @@ def computed_config(config: EmbedderConfig) -> EmbedderConfig:
   return dataclasses.replace(config, lora=None, quantization=None)
 
 
+def check_formats(config: EmbedderConfig) -> None:
+  """Returns nothing if the model's parameters can have the formats that it names.
+
+  Raises:
+    ConfigError: see `quantization.formats`.
+  """
+  if config.quantization is not None:
+    plain = dataclasses.replace(config, lora=None)
+    quantization.formats(abstract_params(plain), config.quantization)
+
+
 def on_platform(config: EmbedderConfig, platform: str) -> EmbedderConfig:
   """The configuration with the attention that suits a platform, see `resolve`."""
   transformer = attention.resolve(config.transformer, platform)

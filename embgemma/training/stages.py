@@ -87,6 +87,7 @@ class EmbeddingStage:
 
   def __post_init__(self):
     self.objective.check(self.config.embedding_width)
+    embedder.check_formats(self.config)
     if self.objective.needs_teacher and self.data.teacher is None:
       raise ConfigError(
         "the objective has a distillation term, and there is no teacher: make "

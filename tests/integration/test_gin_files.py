@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
+import shlex
 import sys
 
 import gin
@@ -36,7 +37,8 @@ BACKBONES = (
 )
 _LAYER = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 16 + 4 * 32
 _BASE = 640 * 32 + 6 * _LAYER + 32 + 32 * 48 + 48 * 32
-RECIPES = sorted(path.stem for path in (GIN / "recipes").glob("*.gin"))
+SCALES = ("mini", "paper", "small", "tiny")
+ABLATIONS = ("initialization", "losses", "poolers", "widths")
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +112,7 @@ def pretrained(write_base) -> pathlib.Path:
   ("model", "stage"),
   [
     *itertools.product(EMBEDDERS, STAGES_OF_PAIRS),
-    *(("from_checkpoint", stage) for stage in ("probe", "distill")),
+    *(("from_checkpoint", stage) for stage in ("probe", "distill", "quantize")),
   ],
 )
 def test_model_with_stage(model, stage, pairs, base, capsys):
@@ -124,7 +126,8 @@ def test_model_with_stage(model, stage, pairs, base, capsys):
     # A model with a table of its own needs the file to train, not to be explained.
     *(["--gin.VOCABULARY=tokenizer.model"] if own else []),
     *([f"--gin.INITIAL_CHECKPOINT_PATH={base}"] if "checkpoint" in text else []),
-    *(["--gin.TEACHER=vectors"] if stage == "distill" else []),
+    *(["--gin.TEACHER=vectors"] if stage in ("distill", "quantize") else []),
+    *(["--gin.QUANTIZATION=@mixed_channel()"] if stage == "quantize" else []),
   )
   assert "pairs" in output
   expected = {
@@ -206,19 +209,78 @@ def test_a_run_that_goes_on_adapts_nothing(pairs, pretrained, capsys):
   assert "random" not in output
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe(recipe, pairs, capsys):
-  output = explain(capsys, f"--gin_file=gin/recipes/{recipe}.gin")
+def test_quickstart(pairs, capsys):
+  output = explain(capsys, "--gin_file=gin/recipes/quickstart.gin")
   assert total_parameters(output) > 0
+
+
+def commands(capsys, *flags: str) -> dict[str, list[str]]:
+  """Of a recipe's stages, by their names."""
+  cli.main(["recipe", *flags, "--gin.RECIPE_DIR=runs", "--dry_run"])
+  lines = capsys.readouterr().out.splitlines()
+  names = [line[2:].partition(":")[0] for line in lines if line.startswith("# ")]
+  found = [shlex.split(line)[1:] for line in lines if line.startswith("embgemma ")]
+  return dict(zip(names, found, strict=True))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scale(scale, pairs, base, capsys):
+  mixtures = ("DOCUMENTS=gin/mixtures/builtin_texts.gin",) if scale != "tiny" else ()
+  if mixtures:
+    names = ("PAIRS", "FINETUNING_PAIRS")
+    mixtures += tuple(f"{name}=gin/mixtures/builtin.gin" for name in names)
+  if scale == "paper":
+    mixtures += (f"BASE={base}", "TEACHER_MODEL=gemini:any")
+  found = commands(
+    capsys, f"--gin_file=gin/recipes/{scale}.gin", *(f"--gin.{m}" for m in mixtures)
+  )
+  assert list(found)[-3:] == ["soup", "evaluation", "embedder"]
+  assert found["prefinetuned"][0] == "train"
+  if scale == "tiny":  # of the others the first stage has no data here
+    output = explain(capsys, *found["decoder"][1:])
+    assert "stdlib_modules" in output
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_ablation(ablation, pairs, base, pretrained, tmp_path, capsys):
+  own = tmp_path / "pairs.gin"
+  own.write_text(
+    f"JSONL_TASKS = {{'pairs': '{pairs}'}}\n"
+    "TASK_FEATURE_LENGTHS = {'query': 8, 'positive': 16, 'negatives': 16}\n"
+  )
+  other = tmp_path / "other"
+  other.symlink_to(pretrained)
+  starts = {
+    "initialization": (f"ENCODER_DECODER={pretrained}", f"DECODER={other}"),
+    "poolers": (f"STACKS={pretrained}",),
+    "losses": (f"CHECKPOINT={base}",),
+    "widths": (f"CHECKPOINT={base}", "FULL_WIDTH=32"),
+  }
+  macros = (*starts[ablation], f"PAIRS={own}")
+  found = commands(
+    capsys,
+    f"--gin_file=gin/recipes/ablations/{ablation}.gin",
+    *(f"--gin.{macro}" for macro in macros),
+    "--gin.TRAINING={'TRAIN_STEPS': 10, 'BATCH_SIZE': 8}",
+    "--gin.SEEDS=(0,)",
+  )
+  assert len(found) > 1
+  for name, (command, *flags) in found.items():
+    assert command == "train", name
+    assert total_parameters(explain(capsys, *flags)) > 0, name
+  distinct = {tuple(flags[:-1]) for flags in found.values()}  # but for MODEL_DIR
+  assert len(distinct) == len(found)
 
 
 def test_every_gin_file_is_tested():
   tested = {f"models/{name}" for name in EMBEDDERS}
   tested |= {f"models/{name}" for models, _ in BACKBONES for name in models}
-  tested |= {f"stages/{name}" for name in (*STAGES_OF_PAIRS, "probe", "distill")}
+  stages = (*STAGES_OF_PAIRS, "probe", "distill", "quantize")
+  tested |= {f"stages/{name}" for name in stages}
   tested.add("stages/search")  # tests/integration/test_search.py
   tested |= {f"stages/{stage}" for _, stage in BACKBONES}
-  tested |= {f"recipes/{name}" for name in RECIPES}
+  tested |= {f"recipes/{name}" for name in (*SCALES, "quickstart", "stages")}
+  tested |= {f"recipes/ablations/{name}" for name in (*ABLATIONS, "arms")}
   files = {str(path.relative_to(GIN).with_suffix("")) for path in GIN.rglob("*.gin")}
   # tests/data/test_public_sets.py has the mixtures.
   assert {name for name in files if not name.startswith("mixtures/")} == tested
