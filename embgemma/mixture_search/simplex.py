@@ -43,7 +43,9 @@ class SimplexSampler(optuna.samplers.BaseSampler):
   Args:
     groups: Names of the parameters.
     objectives: Keys of the user attribute `SCORES`; all higher is better.
-    seed: A proposal is a function of it, the trial's number and finished trials.
+    seed: A proposal is a function of it, the trial's index, finished trials and those
+      that others run.
+    index: Of a trial in the search, whoever had it before; trials go in its order.
     fixed_rates: The mixture of a trial that is not proposed; else None.
   """
 
@@ -52,11 +54,13 @@ class SimplexSampler(optuna.samplers.BaseSampler):
     groups: Iterable[str],
     objectives: Iterable[str],
     seed: int,
+    index: Callable[[FrozenTrial], int] = lambda trial: trial.number,
     fixed_rates: Callable[[FrozenTrial], Mapping[str, float] | None] = lambda _: None,
   ):
     self._groups = tuple(groups)
     self._objectives = tuple(objectives)
     self._seed = seed
+    self._index = index
     self._fixed_rates = fixed_rates
 
   def infer_relative_search_space(
@@ -73,9 +77,9 @@ class SimplexSampler(optuna.samplers.BaseSampler):
     fixed = self._fixed_rates(trial)
     if fixed is not None:
       return dict(fixed)
-    trials = study.get_trials(
-      deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)
-    )
+    states = (TrialState.COMPLETE, TrialState.RUNNING)
+    # A trial that is done again, as its worker was killed, has a later number.
+    trials = sorted(study.get_trials(deepcopy=False, states=states), key=self._index)
     done = [
       t for t in trials if t.state is TrialState.COMPLETE and SCORES in t.user_attrs
     ]
@@ -86,7 +90,7 @@ class SimplexSampler(optuna.samplers.BaseSampler):
       and t.number != trial.number
       and len(t.params) == len(self._groups)
     ]
-    generator = np.random.default_rng([self._seed, trial.number])
+    generator = np.random.default_rng([self._seed, self._index(trial)])
     if len(done) < _LEAST_TRIALS:
       rates = generator.dirichlet(np.ones(len(self._groups)))
     else:

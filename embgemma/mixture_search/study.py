@@ -212,7 +212,11 @@ class MixtureStudy:
           direction="maximize",
           load_if_exists=True,
           sampler=SimplexSampler(
-            plan.groups, plan.objectives, plan.random_seed, self._fixed_rates
+            plan.groups,
+            plan.objectives,
+            plan.random_seed,
+            self._index,
+            self._fixed_rates,
           ),
           pruner=pruner,
         )
@@ -235,9 +239,11 @@ class MixtureStudy:
         f"{'; '.join(changed)}; give these again, or another SEARCH_DIR"
       )
 
+  def _index(self, trial: FrozenTrial) -> int:
+    return trial_index(trial, self._study.get_trials(deepcopy=False))
+
   def _fixed_rates(self, trial: FrozenTrial) -> Mapping[str, float] | None:
-    index = trial_index(trial, self._study.get_trials(deepcopy=False))
-    return self.plan.fixed_rates(index)
+    return self.plan.fixed_rates(self._index(trial))
 
   def work(self, run: RunTrial, say: Callable[[str], None]) -> None:
     """Does trials until all of the search are done, its own and those of others.

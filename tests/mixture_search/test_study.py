@@ -173,3 +173,40 @@ def test_a_killed_worker_loses_no_trial(tmp_path, url, signum):
   records = MixtureStudy(url, "s", SearchPlan(GROUPS, ("score",), 2, 6, 0)).records()
   assert [r.index for r in records] == list(range(8))
   assert {r.state for r in records} == {"complete"}
+
+
+DYING = textwrap.dedent("""
+  import os, pathlib, sys
+  from embgemma.mixture_search.study import MixtureStudy, SearchPlan
+  plan = SearchPlan({"qa": 2.0, "code": 1.0, "web": 1.0}, ("a", "b"), seed_repeats=2,
+                    dirichlet_trials=2, proposed_trials=3)
+  died = pathlib.Path(sys.argv[2])
+
+  def run(trial, report):
+    mark = died / str(trial.index)
+    if str(trial.index) in sys.argv[3:] and not mark.exists():
+      mark.touch()
+      os.kill(os.getpid(), 9)
+    qa, code = trial.rates["qa"], trial.rates["code"]
+    return {"a": qa - qa**2 + trial.seed / 100, "b": code - code**3}
+
+  MixtureStudy(sys.argv[1], "s", plan).work(run, lambda line: None)
+""")
+
+
+@pytest.mark.slow
+def test_mixtures_are_those_of_a_search_that_nobody_killed(tmp_path):
+  """Trials that are done again change neither the order nor the draws of the others."""
+  found = []
+  for name, dying in (("whole", ()), ("killed", ("0", "5"))):
+    directory = tmp_path / name
+    directory.mkdir()
+    url = f"sqlite:///{directory / 'study.db'}"
+    command = [sys.executable, "-c", DYING, url, str(directory), *dying]
+    codes = [subprocess.run(command, check=False).returncode for _ in range(3)]
+    assert codes == ([-9, -9, 0] if dying else [0, 0, 0])
+    plan = SearchPlan(GROUPS, ("a", "b"), 2, 2, 3)
+    records = MixtureStudy(url, "s", plan).records()
+    found.append([(r.index, r.state, r.rates, r.scores) for r in records])
+  assert len(found[0]) == 7
+  assert found[0] == found[1]
