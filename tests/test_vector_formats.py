@@ -13,7 +13,10 @@ from embgemma.models.config import VECTOR_FORMATS
 from embgemma.vector_formats import VectorFormat
 
 _VECTORS = hnp.arrays(
-  np.float32, (6, 20), elements=st.floats(-1, 1, width=32) | st.just(0.0)
+  np.float32,
+  (6, 20),
+  # Of ranges next to nothing a quotient overflows, there and here.
+  elements=st.floats(-1, 1, width=32).map(lambda x: round(x, 6)).map(np.float32),
 )
 
 

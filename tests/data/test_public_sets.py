@@ -14,7 +14,11 @@ from embgemma.data.public_sets import PUBLIC_SETS, public_tasks, public_tfds_tas
 from embgemma.errors import ConfigError, DataError
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_MIXTURES = sorted((_ROOT / "gin" / "mixtures").glob("*.gin"))
+_MIXTURES = [
+  path
+  for path in sorted((_ROOT / "gin" / "mixtures").glob("*.gin"))
+  if not path.stem.startswith("builtin")  # of no public sets
+]
 _RECORDS = {
   "nli": [
     {"sentence1": "a", "sentence2": "b", "gold_label": "entailment"},
