@@ -65,12 +65,14 @@ def keep_compilations() -> None:
   """
   import jax
 
-  from embgemma.data.config import default_cache_dir
+  from embgemma.data.cache_dirs import default_cache_dir
 
   if jax.config.values["jax_compilation_cache_dir"] is None:
     kind = hashlib.sha256(f"{platform.machine()} {_cpu_features()}".encode())
     directory = os.path.join(default_cache_dir(), "compiled", kind.hexdigest()[:12])
     jax.config.update("jax_compilation_cache_dir", directory)
+    # JAX leaves out what compiles within a second: of small models, nearly all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _cpu_features() -> str:

@@ -22,7 +22,8 @@ from etils import epath
 from embgemma import outputs
 from embgemma.data import cleaning, tokenization
 from embgemma.data.bad_records import SkipLog, leave_out
-from embgemma.data.config import CachedData, DataConfig, user_cache_dir
+from embgemma.data.cache_dirs import user_cache_dir
+from embgemma.data.config import CachedData, DataConfig
 from embgemma.data.files import fingerprint, is_remote
 from embgemma.data.fingerprints import digest
 from embgemma.data.mixture import mixture_rates

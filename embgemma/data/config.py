@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from etils import epath
 
 from embgemma.data import prompts
 from embgemma.data.bad_records import BAD_RECORD_POLICIES
+from embgemma.data.cache_dirs import default_cache_dir
 from embgemma.data.cleaning import Cleaner
 from embgemma.data.denoisers import (
   Denoiser,
@@ -32,17 +32,6 @@ FEATURES = ("query", "positive", "negatives")
 TRAINED_SENTINELS = 128  # of a vocabulary trained here, if a mixture needs no more
 # Part of every fingerprint: a cache of another format is another cache.
 CACHE_FORMAT = 3
-
-
-def default_cache_dir() -> str:
-  """$EMBGEMMA_CACHE, or embgemma/ in the user's cache directory."""
-  return os.environ.get("EMBGEMMA_CACHE") or user_cache_dir()
-
-
-def user_cache_dir() -> str:
-  """embgemma/ in the user's cache directory, on this machine."""
-  base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  return os.path.join(base, "embgemma")
 
 
 @dataclasses.dataclass(frozen=True)

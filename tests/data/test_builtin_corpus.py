@@ -116,6 +116,22 @@ def test_other_processes_see_the_same_pairs(corpus):
   assert result.stdout.split() == expected
 
 
+def test_drawn_pairs_are_kept_on_disk(corpus, tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(builtin_corpus, "_drawn", lambda: drawn.append(1) or corpus)
+  monkeypatch.setenv("EMBGEMMA_CACHE", str(tmp_path / "cache"))
+  read = builtin_corpus._corpus.__wrapped__
+  assert read() == read() == corpus
+  assert len(drawn) == 1
+  (kept,) = (tmp_path / "cache" / "builtin").iterdir()
+  kept.write_bytes(kept.read_bytes()[:-9])
+  assert read() == read() == corpus
+  assert len(drawn) == 2, "a damaged file is drawn again"
+  (tmp_path / "file").write_text("")
+  monkeypatch.setenv("EMBGEMMA_CACHE", str(tmp_path / "file"))
+  assert read() == corpus, "a cache that cannot be written to is done without"
+
+
 def test_fingerprint_changes_with_python_and_with_the_corpus(monkeypatch):
   before = builtin_corpus.fingerprint()
   monkeypatch.setattr(sys, "version", "3.99.0 (other build)")
