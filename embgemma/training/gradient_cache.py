@@ -7,6 +7,7 @@ the vectors; then embed each microbatch again and pull its vectors' gradient bac
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -123,7 +124,7 @@ class _Microbatches:
     key = None if self.key is None else jax.random.fold_in(self.key, number)
 
     def embed(rest: Params, vectors: Array) -> Array:
-      return self.model.embed(join(rest, frozen), packed, vectors, key)
+      return _embed(self.model, join(rest, frozen), packed, vectors, key)
 
     return jax.vjp(embed, rest, token_vectors(table, packed.tokens, config))
 
@@ -137,6 +138,21 @@ class _Microbatches:
     scale = embedding_scale(self.model.config.transformer).astype(table.dtype)
     rows = vectors.astype(table.dtype) * scale
     return _with_table(total, table.at[packed.tokens].add(rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(
+  model: Embedder,
+  params: Params,
+  packed: PackedTexts,
+  vectors: Array,
+  key: Array | None,
+) -> Array:
+  """`Embedder.embed`, traced once a shape of rows, not once a step that has them.
+
+  Steps differ in how many rows of each length they have; the compiler inlines it.
+  """
+  return model.embed(params, packed, vectors, key)
 
 
 def _split_table(params: Params) -> tuple[Params, Array | None]:

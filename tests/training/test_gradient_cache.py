@@ -12,7 +12,7 @@ from embgemma.data.reader import Shards, StepSource
 from embgemma.data.schedule import RecordSchedule
 from embgemma.losses.objective import EmbeddingMatching, Nce, Objective
 from embgemma.models.config import LoraConfig
-from embgemma.models.embedder import Embedder
+from embgemma.models.embedder import Embedder, abstract_params
 from embgemma.training import partitioning
 from embgemma.training.gradient_cache import embed_groups
 from embgemma.training.learners import EmbeddingLearner, pair_batch
@@ -20,6 +20,7 @@ from embgemma.training.optimizers import OptimizerConfig, join, split_trainable
 from embgemma.training.partitioning import Partitioner, data_shards
 from embgemma.training.train_state import abstract_state
 from embgemma.training.train_step import TrainStep
+from embgemma.typing import PackedTexts
 
 BATCH = 512
 QUICK = {"xla_backend_optimization_level": 0}
@@ -194,3 +195,30 @@ def test_against_differentiating_all_at_once(change, config, objective, task):
   theirs = jax.jit(jax.grad(at_once), compiler_options=QUICK)(moving["model"])
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   assert relative_difference(ours, theirs) < 1e-5
+
+
+def test_rows_of_one_shape_are_traced_once(config, monkeypatch):
+  """However many steps have them, with whatever else: tracing is most of a start."""
+  traced = []
+  embed = Embedder.embed
+  monkeypatch.setattr(
+    Embedder, "embed", lambda *args: traced.append(args[2].tokens.shape) or embed(*args)
+  )
+  params = abstract_params(config)
+
+  def shapes(*groups):
+    rows = [jnp.zeros((k, r, length), jnp.int32) for k, r, length in groups]
+    texts = [
+      PackedTexts(tokens, tokens, tokens, *[jnp.zeros(tokens.shape[:2], int)] * 2)
+      for tokens in rows
+    ]
+
+    def gradients(params):
+      vectors, pull = embed_groups(Embedder(config), params, {}, texts)
+      return pull(vectors)
+
+    jax.eval_shape(gradients, params)
+
+  shapes((1, 3, 16), (2, 3, 32))
+  shapes((1, 3, 32), (1, 5, 16), (1, 3, 16))
+  assert sorted(traced) == [(3, 16), (3, 32), (5, 16)]
