@@ -318,23 +318,28 @@ def parser() -> argparse.ArgumentParser:
     "--to",
     dest="target_format",
     required=True,
-    choices=("hf", "gguf", "onnx"),
+    choices=("hf", "gguf", "onnx", "litert"),
     help="hf: a sentence-transformers directory; gguf: a file for llama.cpp; onnx: a "
-    "directory for onnxruntime and browsers",
+    "directory for onnxruntime and browsers; litert: one for phones",
   )
   export.add_argument("--checkpoint", required=True, help=checkpoint_help)
   export.add_argument("--output", required=True, help="directory, or .gguf file")
   export.add_argument(
     "--dtype",
     default="float32",
-    choices=("float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "trained"),
-    help="of the weights; int8 is for onnx; q8_0, q4_0 (token table q8_0) and trained "
-    "(the formats of quantization-aware training) are for gguf",
+    choices=(
+      *("float32", "bfloat16", "float16", "int8", "q8_0", "q4_0"),
+      *("mixed_channel", "trained"),
+    ),
+    help="of the weights; int8 is for onnx, mixed_channel for litert, q8_0 and q4_0 "
+    "(token table q8_0) for gguf, trained (the formats of quantization-aware training) "
+    "for gguf and litert",
   )
   export.add_argument(
     "--max_length",
     type=int,
-    help="tokens a text is cut to (hf); default is the longest in training",
+    help="tokens a text is cut to (hf, onnx), or of every input (litert); default is "
+    "the longest in training",
   )
   export.add_argument("--overwrite", action="store_true", help="replace --output")
   return root

@@ -165,52 +165,48 @@ def run_quantize(options: argparse.Namespace) -> None:
 
 def run_export(options: argparse.Namespace) -> None:
   """Writes a checkpoint's model in another format."""
-  {"hf": _export_hf, "gguf": _export_gguf, "onnx": _export_onnx}[options.target_format](
-    options
+  if options.target_format == "gguf":
+    _export_gguf(options)
+  else:
+    _export_directory(options)
+
+
+def _export_directory(options: argparse.Namespace) -> None:
+  """hf, onnx, litert: what starts from a sentence-transformers directory."""
+  from embgemma.evaluation import model_card
+  from embgemma.interop import (
+    conversion,
+    litert_export,
+    onnx_export,
+    sentence_transformers_writer,
   )
 
-
-def _export_onnx(options: argparse.Namespace) -> None:
-  from embgemma.evaluation import model_card
-  from embgemma.interop import conversion, onnx_export, sentence_transformers_writer
-
   output = pathlib.Path(options.output)
-  onnx_export.check_exportable(options.dtype)
-  outputs.check_directory(output, options.overwrite, options.checkpoint)
-
-  def check(config: Any) -> None:
-    sentence_transformers_writer.check_exportable(config, options.max_length)
-
-  model = conversion.open_embedder(options.checkpoint, check)
-  length = options.max_length or model.description.max_length
-  card = model_card.model_card(model, output.resolve().name, options.dtype, length)
-  with outputs.new_directory(output) as directory:
-    notes = onnx_export.write(model, directory, options.dtype, length, card)
-  _say_converted(model, (*model.notes, *notes), output)
-
-
-def _export_hf(options: argparse.Namespace) -> None:
-  from embgemma.evaluation import model_card
-  from embgemma.interop import conversion, sentence_transformers_writer
-
-  output = pathlib.Path(options.output)
-  if options.dtype not in ("float32", "bfloat16"):
+  target, dtype = options.target_format, options.dtype
+  if target == "hf" and dtype not in ("float32", "bfloat16"):
     raise ConfigError(
-      f"--dtype={options.dtype}: hf has float32 and bfloat16; the others are of gguf "
-      "and onnx, and Gemma 3's activations exceed the largest float16 (65,504)"
+      f"--dtype={dtype}: hf has float32 and bfloat16; the others are of other formats, "
+      "and Gemma 3's activations exceed the largest float16 (65,504)"
     )
+  if target == "onnx":
+    onnx_export.check_exportable(dtype)
   outputs.check_directory(output, options.overwrite, options.checkpoint)
 
   def check(config: Any) -> None:
     sentence_transformers_writer.check_exportable(config, options.max_length)
+    if target == "litert":
+      litert_export.check_exportable(config, dtype)
 
   model = conversion.open_embedder(options.checkpoint, check)
   length = options.max_length or model.description.max_length
-  card = model_card.model_card(model, output.resolve().name, options.dtype, length)
+  card = model_card.model_card(model, output.resolve().name, dtype, length)
+  write = {
+    "hf": sentence_transformers_writer.write,
+    "onnx": onnx_export.write,
+    "litert": litert_export.write,
+  }[target]
   with outputs.new_directory(output) as directory:
-    notes = sentence_transformers_writer.write(
-      model, directory, options.dtype, length, card
-    )
+    notes = write(model, directory, dtype, length, card)
   _say_converted(model, (*model.notes, *notes), output)
 
 
@@ -219,7 +215,7 @@ def _export_gguf(options: argparse.Namespace) -> None:
 
   output = pathlib.Path(options.output)
   if options.max_length is not None:
-    raise ConfigError("--max_length is for hf; llama.cpp takes its context's length")
+    raise ConfigError("--max_length: llama.cpp takes its context's length; leave out")
   outputs.check_file(output, options.overwrite)
   if options.dtype not in gguf_file.TYPE_OF_DTYPE:
     raise ConfigError(

@@ -4,20 +4,15 @@ torch's exporter writes what sentence-transformers computes with the exported we
 onnxruntime quantizes it. Both are of the extra `onnx`.
 """
 
-import contextlib
-import logging
 import pathlib
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator
+from typing import Any
 
 from embgemma.errors import ConfigError
-from embgemma.interop import sentence_transformers_writer
+from embgemma.interop import torch_pipeline
 from embgemma.interop.model import Model
+from embgemma.interop.torch_pipeline import INPUTS, OUTPUT
 
 DTYPES = ("float32", "int8")
-INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
 _MODEL = pathlib.Path("onnx") / "model.onnx"
 _INT8_MODEL = pathlib.Path("onnx") / "model_quantized.onnx"  # as transformers.js has it
 _EXAMPLE = (2, 8)  # texts and tokens that the exporter traces with; both vary
@@ -66,64 +61,35 @@ def write(
   Raises:
     CheckpointError, ConfigError: see `sentence_transformers_writer.write`.
   """
-  with tempfile.TemporaryDirectory() as made:
-    whole = pathlib.Path(made) / "model"
-    whole.mkdir()
-    notes = sentence_transformers_writer.write(
-      model, whole, "float32", max_length, card
-    )
-    path = directory / _MODEL
-    path.parent.mkdir()
-    _export(whole, path, max_length)
+  path = directory / _MODEL
+  path.parent.mkdir()
+  with torch_pipeline.loaded(model, max_length, card) as pipeline:
+    _export(pipeline.vectors, path, max_length)
     if dtype == "int8":
       _quantize(path, directory / _INT8_MODEL)
       for unquantized in path.parent.glob(f"{path.name}*"):  # and its .data
         unquantized.unlink()
-    for file in whole.iterdir():
-      if file.is_file() and file.suffix != ".safetensors":
-        shutil.copy2(file, directory / file.name)
-  return notes
+    pipeline.copy_settings(directory)
+    return pipeline.notes
 
 
-def _export(source: pathlib.Path, path: pathlib.Path, max_length: int) -> None:
+def _export(vectors: Any, path: pathlib.Path, max_length: int) -> None:
   import torch
-  from sentence_transformers import SentenceTransformer
-  from transformers.utils import logging as transformers_logging
-
-  transformers_logging.disable_progress_bar()
-  loaded = SentenceTransformer(
-    str(source),
-    device="cpu",
-    local_files_only=True,
-    model_kwargs={"attn_implementation": "eager"},
-  )
-
-  class Vectors(torch.nn.Module):
-    """All modules of the pipeline, as a function of tensors."""
-
-    def __init__(self) -> None:
-      super().__init__()
-      self.modules_of_it = loaded
-
-    def forward(self, input_ids, attention_mask):
-      features = {"input_ids": input_ids, "attention_mask": attention_mask}
-      return self.modules_of_it(features)[OUTPUT]
 
   ids = torch.ones(_EXAMPLE, dtype=torch.int64)
   varying = {
     0: torch.export.Dim("texts", min=1, max=_MOST_TEXTS),
     1: torch.export.Dim("tokens", min=2, max=max_length),
   }
-  with _quiet(), torch.no_grad():
-    program = torch.onnx.export(
-      Vectors().eval(),
-      (ids, torch.ones_like(ids)),
-      dynamo=True,
-      dynamic_shapes=(varying, varying),
-      input_names=list(INPUTS),
-      output_names=[OUTPUT],
-      verbose=False,
-    )
+  program = torch.onnx.export(
+    vectors,
+    (ids, torch.ones_like(ids)),
+    dynamo=True,
+    dynamic_shapes=(varying, varying),
+    input_names=list(INPUTS),
+    output_names=[OUTPUT],
+    verbose=False,
+  )
   assert program is not None
   program.save(str(path))
 
@@ -135,19 +101,6 @@ def _quantize(source: pathlib.Path, path: pathlib.Path) -> None:
   graph = onnx.load(source)
   # The exporter's shapes of what lies between are not onnx's own, which it refuses.
   graph.graph.ClearField("value_info")
-  with _quiet():
-    quantization.quantize_dynamic(
-      graph, path, per_channel=True, weight_type=quantization.QuantType.QInt8
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Without what exporters say about themselves."""
-  logging.disable(logging.WARNING)
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      yield
-  finally:
-    logging.disable(logging.NOTSET)
+  quantization.quantize_dynamic(
+    graph, path, per_channel=True, weight_type=quantization.QuantType.QInt8
+  )
