@@ -204,10 +204,11 @@ def parser() -> argparse.ArgumentParser:
   )
   evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
   evaluate.add_argument("--output", help="JSON file for the results")
-  evaluate.add_argument("--max_length", type=int)
+  evaluate.add_argument("--max_length", type=int, help="tokens a text is cut to")
   evaluate.add_argument(
     "--tokens_per_batch", type=int, help="token slots that a device embeds at once"
   )
+  _add_benchmark_flags(evaluate)
   report = command("report", "make a page of runs, searches, soups and recipes")
   report.add_argument(
     "directories",
@@ -343,6 +344,34 @@ def parser() -> argparse.ArgumentParser:
   )
   export.add_argument("--overwrite", action="store_true", help="replace --output")
   return root
+
+
+def _add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
+  """Of evaluation by mteb."""
+  group = parser.add_argument_group("benchmarks of mteb")
+  group.add_argument("--benchmark", help='such as "MTEB(Multilingual, v2)"')
+  group.add_argument("--tasks", help="single tasks, separated by commas")
+  group.add_argument(
+    "--task_modules", help="Python modules with tasks of one's own, separated by commas"
+  )
+  group.add_argument(
+    "--mteb_data", help="directory with a copy of a task's data set in DIR/TASK"
+  )
+  group.add_argument("--results", help="where results go, in mteb's layout")
+  group.add_argument(
+    "--model_name", help="ORGANISATION/MODEL of the results; default: the checkpoint's"
+  )
+  group.add_argument(
+    "--task_lengths",
+    help="TASK=TOKENS,… where texts are cut elsewhere than at --max_length, which is "
+    "512 here",
+  )
+  group.add_argument(
+    "--joined_titles",
+    action="store_true",
+    help="title and text of a document as one text, as mteb has it for models of "
+    "sentence-transformers; without, in the prompt's place for a title",
+  )
 
 
 def split_gin_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

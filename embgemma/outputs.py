@@ -140,7 +140,11 @@ def _exists(path: pathlib.Path) -> DataError:
 def _holds_model(path: pathlib.Path) -> bool:
   if (path / "model.json").exists():
     return (path / "checkpoints").is_dir()
-  weights = (*path.glob("*.safetensors"), *path.glob("onnx/*.onnx"))
+  weights = [
+    file
+    for pattern in ("*.safetensors", "onnx/*.onnx", "*.tflite")
+    for file in path.glob(pattern)
+  ]
   return (path / "config.json").exists() and bool(weights)
 
 

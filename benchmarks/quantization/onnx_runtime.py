@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import onnxruntime
 
@@ -58,8 +59,12 @@ def main() -> None:
   model = conversion.open_embedder(options.checkpoint)
   length = model.description.max_length
   texts = options.texts.read_text(encoding="utf-8").splitlines()[: options.count]
-  encoder = TextEncoder(model.description.embedder, model.vocabulary, length)
-  sides = {"embgemma": lambda texts: encoder.encode(model.params, texts)}
+  config = model.description.embedder
+  if config.quantization is not None:
+    parser.error("of a checkpoint trained with formats ONNX has the unrounded weights")
+  encoder = TextEncoder(config, model.vocabulary, length)
+  params = jax.device_put(model.params)
+  sides = {"embgemma": lambda texts: encoder.encode(params, texts)}
   sizes = {}
   with tempfile.TemporaryDirectory() as made:
     for dtype, file in MODELS.items():

@@ -2,11 +2,11 @@
 
     python benchmarks/quantization/table.py RECIPE_DIR [--losses=RECIPE_DIR]
 
-A row for each model, a column for each kind of vectors at the widest and the narrowest
-width: means over the development sets, in percent, of all seeds; and the share of what
-rounding after training lost that training with rounded weights wins back, against the
-model finetuned alike without. With --losses, of gin/recipes/ablations/losses.gin: what
-vectors of few bits cost with and without the spread-out term.
+A row for each model, a column for each width and kind of vectors: means over the
+development sets, in percent, of all seeds, with their range; and the share of what
+rounding after training loses that training with rounded weights wins back. With
+--losses, of gin/recipes/ablations/losses.gin: what vectors of few bits cost with and
+without the spread-out term.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from embgemma.evaluation import suite
 Scores = Mapping[str, list[float]]  # of a column, by seed
 _KEY = re.compile(r"(?P<metric>[^ /]+)(?: \((?P<vectors>\w+)\))?/(?P<width>\d+)")
 ROWS = {
-  "before_scores": "before",
-  "plain_scores": "finetuned, float32",
+  "plain_scores": "float32",
   "int8_after_scores": "int8_block32 after training",
   "int8_scores": "int8_block32, trained",
   "int4_after_scores": "int4_block32 after training",
@@ -37,8 +36,9 @@ ROWS = {
 def scores(root: Path, stage: str) -> tuple[Scores, Scores]:
   """Of a stage's `embgemma eval`: means over sets, and each set's, by seed."""
   means, sets = defaultdict(list), defaultdict(list)
-  links = sorted(root.glob(f"{stage}_seed*")) or [root / stage]
-  for link in links:
+  seeds = re.compile(rf"{stage}_seed\d+")  # links to the outputs in use
+  links = [link for link in sorted(root.iterdir()) if seeds.fullmatch(link.name)]
+  for link in links or [root / stage]:
     (results,) = json.loads((link / "results.json").read_text()).values()
     columns = defaultdict(list)
     for task, values in results.items():
@@ -72,18 +72,22 @@ def table(title: str, rows: Mapping[str, Scores]) -> None:
 
 
 def won_back(rows: Mapping[str, Scores]) -> None:
-  """Shares, of the columns with float32 vectors."""
-  columns = [name for name in rows["before"] if name.endswith("float32")]
-  print(f"\n| lost after training, of it won back | {' | '.join(columns)} |")
+  """What is lost, and shares of it, of the columns with float32 vectors."""
+  columns = [name for name in rows["float32"] if name.endswith("float32")]
+  print(f"\n| lost after training; of it won back | {' | '.join(columns)} |")
   print(f"|---|{'---:|' * len(columns)}")
   for name in ("int8_block32", "int4_block32", "mixed_channel"):
     cells = []
     for column in columns:
-      whole = np.mean(rows["before"][column])
-      lost = whole - np.mean(rows[f"{name} after training"][column])
-      kept = np.mean(rows["finetuned, float32"][column])
-      left = kept - np.mean(rows[f"{name}, trained"][column])
-      cells.append(f"{lost:.2f}, {100 * (lost - left) / lost:.0f} %")
+      # By seed: the three models saw the same batches.
+      whole = np.array(rows["float32"][column])
+      after = np.array(rows[f"{name} after training"][column])
+      trained = np.array(rows[f"{name}, trained"][column])
+      lost = float(np.mean(whole - after))
+      noise = float(np.ptp(whole))  # between seeds
+      share = float(np.mean(trained - after)) / lost if lost > noise else None
+      of_it = "less than seeds differ" if share is None else f"{100 * share:.0f} %"
+      cells.append(f"{lost:.2f}; {of_it}")
     print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -1,6 +1,7 @@
 """Commands that embed with a checkpoint: embed, eval."""
 
 import argparse
+import contextlib
 import itertools
 import json
 import pathlib
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from embgemma import outputs, process
+from embgemma.commands import benchmark
 from embgemma.commands.configuration import configure
 from embgemma.commands.messages import say, say_notes
 from embgemma.errors import ConfigError, DataError
@@ -55,13 +57,17 @@ def _ranges(options: argparse.Namespace, width: int) -> Any:
     raise ConfigError(f"--ranges is for int8 and uint8, not {options.vectors}")
   try:
     ranges = np.load(options.ranges, allow_pickle=False)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, EOFError) as error:
     raise DataError(f"--ranges={options.ranges}: cannot be read: {error}") from error
+  if not isinstance(ranges, np.ndarray):
+    raise DataError(f"--ranges={options.ranges}: is no single array (.npy)")
   if ranges.shape != (2, width) or ranges.dtype != np.float32:
     raise DataError(
       f"--ranges={options.ranges}: has shape {ranges.shape} and {ranges.dtype}; "
       f"vectors of width {width} need (2, {width}) and float32"
     )
+  if not np.all(ranges[0] <= ranges[1]):  # nor where one is not a number
+    raise DataError(f"--ranges={options.ranges}: a least value is above its largest")
   return ranges
 
 
@@ -104,16 +110,20 @@ def run_embed(options: argparse.Namespace) -> None:
   skipped: list[str] = []
   texts = (prompt + text for text in _input_texts(options, skipped))
   chunks: Iterable[Any] = embedder.stream(texts, width)
-  if vector_formats.needs_ranges(options.vectors) and ranges is None:
+  own_ranges = vector_formats.needs_ranges(options.vectors) and ranges is None
+  if own_ranges:
     kept, chunks = _calibrated(options.vectors, chunks)
-    beside = output.with_suffix(".ranges.npy")
-    with outputs.new_path(beside) as made, made.open("wb") as file:
-      np.save(file, kept.ranges)
-    say(f"ranges of components, for queries: {beside}")
   else:
     kept = vector_formats.VectorFormat(options.vectors, ranges)
-  with outputs.new_file(output) as file:
+  beside = output.with_suffix(".ranges.npy")
+  with contextlib.ExitStack() as stack:
+    # Both or none: vectors are nothing without the ranges that they were made by.
+    if own_ranges:
+      np.save(stack.enter_context(outputs.new_file(beside)), kept.ranges)
+    file = stack.enter_context(outputs.new_file(output))
     count = vector_files.write(file, output, chunks, width, kept)
+  if own_ranges:
+    say(f"ranges of components, for queries: {beside}")
   said = (
     "" if kept.name == "float32" else f", {kept.name}, {kept.bytes(width)} bytes each"
   )
@@ -151,6 +161,14 @@ def _declared(options: argparse.Namespace, bindings: Sequence[str]) -> dict[str,
 
 def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints how well a checkpoint does on evaluation data."""
+  if options.benchmark or options.tasks or options.task_modules:
+    if options.data or options.gin_file or bindings:
+      raise ConfigError(
+        "--benchmark, --tasks and --task_modules are mteb's; --data and EVALUATIONS of "
+        "gin are another command"
+      )
+    benchmark.run_benchmark(options)
+    return
   from rich.console import Console
 
   from embgemma.evaluation import suite

@@ -75,6 +75,8 @@ def _soup_weights(given: str | None, count: int) -> list[float] | None:
 
 def _held_out_score(data: Sequence[str]) -> Callable[[Any], float]:
   """The mean over evaluation sets of a model's main metrics, 0 to 1."""
+  import jax
+
   from embgemma.evaluation import suite
   from embgemma.inference.embedder import TextEncoder
 
@@ -88,7 +90,8 @@ def _held_out_score(data: Sequence[str]) -> Callable[[Any], float]:
     config, length = model.description.embedder, model.description.max_length
     if not encoders:
       encoders.append(TextEncoder(config, model.vocabulary, length))
-    encode = functools.partial(encoders[0].encode, model.params)
+    params = jax.device_put(model.params)  # once, not once a batch
+    encode = functools.partial(encoders[0].encode, params)
     evaluators = suite.evaluators(entries, (config.embedding_width,))
     return suite.mean_score({each.name: each.evaluate(encode) for each in evaluators})
 
@@ -146,9 +149,12 @@ def run_quantize(options: argparse.Namespace) -> None:
   output = pathlib.Path(options.output)
   outputs.check_directory(output, options.overwrite, options.checkpoint)
   model = conversion.open_embedder(options.checkpoint)
-  rules = model.description.embedder.quantization
+  trained = model.description.embedder.quantization
+  rules = trained
   if options.format != "trained":
     rules = getattr(quantization, options.format)()
+  if trained not in (None, rules):
+    say(f"note: trained for other formats than {options.format}: {_formats(trained)}")
   if rules is None:
     raise ConfigError(
       f"{options.checkpoint}: was not trained in a format of 4 or 8 bits; give "
@@ -163,12 +169,26 @@ def run_quantize(options: argparse.Namespace) -> None:
   say(f"{model.size:,} parameters in {quantized.bytes / 1e6:,.1f} MB: {output}")
 
 
+def _formats(rules: Any) -> str:
+  return ", ".join(dict.fromkeys(name for _, name in rules.rules))
+
+
 def run_export(options: argparse.Namespace) -> None:
   """Writes a checkpoint's model in another format."""
   if options.target_format == "gguf":
     _export_gguf(options)
   else:
     _export_directory(options)
+
+
+def _rounding_notes(model: Any, dtype: str) -> Iterable[str]:
+  """That a model trained with rounded weights is written otherwise."""
+  rules = model.description.embedder.quantization
+  if rules is not None and dtype != "trained":
+    yield (
+      f"trained for weights of {_formats(rules)}, written as {dtype}: results of the "
+      "run are of the former"
+    )
 
 
 def _export_directory(options: argparse.Namespace) -> None:
@@ -199,7 +219,7 @@ def _export_directory(options: argparse.Namespace) -> None:
 
   model = conversion.open_embedder(options.checkpoint, check)
   length = options.max_length or model.description.max_length
-  card = model_card.model_card(model, output.resolve().name, dtype, length)
+  card = model_card.model_card(model, output.resolve().name, dtype, length, target)
   write = {
     "hf": sentence_transformers_writer.write,
     "onnx": onnx_export.write,
@@ -207,7 +227,7 @@ def _export_directory(options: argparse.Namespace) -> None:
   }[target]
   with outputs.new_directory(output) as directory:
     notes = write(model, directory, dtype, length, card)
-  _say_converted(model, (*model.notes, *notes), output)
+  _say_converted(model, (*model.notes, *notes, *_rounding_notes(model, dtype)), output)
 
 
 def _export_gguf(options: argparse.Namespace) -> None:
@@ -229,4 +249,4 @@ def _export_gguf(options: argparse.Namespace) -> None:
   model = conversion.open_embedder(options.checkpoint, check)
   with outputs.new_path(output) as path:
     gguf_file.write(model, path, weight_type)
-  _say_converted(model, model.notes, output)
+  _say_converted(model, (*model.notes, *_rounding_notes(model, options.dtype)), output)

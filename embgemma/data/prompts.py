@@ -70,6 +70,11 @@ def prompt(name: str, table: Mapping[str, str] = PROMPTS) -> str:
     ) from None
 
 
+def has_title(template: str) -> bool:
+  """Whether a document's prompt has a place for its title."""
+  return _NO_TITLE in template
+
+
 def document(text: str, title: str | None = None, template: str = _DOCUMENT) -> str:
   """Returns a passage in the document template, "none" where it has no title.
 
@@ -78,7 +83,7 @@ def document(text: str, title: str | None = None, template: str = _DOCUMENT) -> 
   """
   if not title:
     return template + text
-  if _NO_TITLE in template:
+  if has_title(template):
     return template.replace(_NO_TITLE, f"title: {title}", 1) + text
   return f"{template}{title} {text}"
 

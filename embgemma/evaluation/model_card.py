@@ -3,19 +3,37 @@
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from embgemma.checkpoints import Description
 from embgemma.evaluation import suite
 from embgemma.evaluation.report import results_markdown
 from embgemma.interop.model import Model
+from embgemma.models.config import EmbedderConfig
 
 # Absolute paths in a configuration are their writer's business; names are kept.
 _ABSOLUTE_PATH = re.compile(r"""(?<=['"])(?:/|~/|[A-Za-z]:\\)[^'"\n]*[/\\]""")
 _FENCE = "```"
+_TARGETS: Mapping[str, tuple[str, str]] = {
+  # Of an export that sentence-transformers does not read: the library, and its use.
+  "onnx": (
+    "onnx",
+    "onnxruntime runs `onnx/`'s file: int64 `input_ids` and `attention_mask` [texts, "
+    "tokens] of prompt and text, as tokenizer.json gives them, to "
+    "`sentence_embedding`, unit vectors.",
+  ),
+  "litert": (
+    "litert",
+    "LiteRT runs `model.tflite`: int32 `input_ids` and `attention_mask` [1, tokens] of "
+    "prompt and text, as tokenizer.json gives them, padded on the right, to "
+    "`sentence_embedding`, a unit vector.",
+  ),
+}
 
 
-def model_card(model: Model, name: str, dtype: str, max_length: int) -> str:
+def model_card(
+  model: Model, name: str, dtype: str, max_length: int, target: str = "hf"
+) -> str:
   """Returns markdown with use, prompts, widths, evaluation, data and recipe.
 
   Recipe and results come from the directory of the model's run, if it has one;
@@ -26,6 +44,7 @@ def model_card(model: Model, name: str, dtype: str, max_length: int) -> str:
     name: Heading.
     dtype: Of the exported weights.
     max_length: Tokens a text is cut to.
+    target: Of the export: hf, onnx or litert.
 
   Raises:
     CheckpointError: the model is no embedder.
@@ -34,10 +53,11 @@ def model_card(model: Model, name: str, dtype: str, max_length: int) -> str:
   description = model.description
   config = description.embedder
   transformer = config.transformer
+  library, use = _TARGETS.get(target, ("sentence-transformers", ""))
   head = {
-    "library_name": "sentence-transformers",
+    "library_name": library,
     "pipeline_tag": "sentence-similarity",
-    "tags": ["sentence-transformers", "feature-extraction", "embgemma"],
+    "tags": [library, "feature-extraction", "embgemma"],
   }
   # JSON is YAML.
   front = "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
@@ -55,14 +75,18 @@ def model_card(model: Model, name: str, dtype: str, max_length: int) -> str:
     f"{config.pooler} pooling, {heads}, unit norm. Vectors have "
     f"{config.embedding_width} components; texts are cut to {max_length} tokens; "
     f"weights are {dtype}. Activations overflow float16: use float32 or bfloat16.\n",
-    _usage(description),
+    f"## Use\n\n{use}\n" if use else _usage(description),
     "## Matryoshka widths\n\n"
-    f"Trained to be cut to: {widths}. Bring cut vectors back to unit norm: "
-    "`model.encode(texts, truncate_dim=N, normalize_embeddings=True)`.\n",
+    f"Trained to be cut to: {widths}. Bring cut vectors back to unit norm"
+    + (
+      ".\n"
+      if use
+      else ": `model.encode(texts, truncate_dim=N, normalize_embeddings=True)`.\n"
+    ),
     _prompts(description),
   ]
   if model.directory is not None and model.step is not None:
-    sections += _evaluation(model.directory, model.step)
+    sections += _evaluation(model.directory, model.step, config)
     sections += _training(model.directory)
   return "\n".join(sections)
 
@@ -88,13 +112,22 @@ def _prompts(description: Description) -> str:
   )
 
 
-def _evaluation(directory: pathlib.Path, step: int) -> Sequence[str]:
+def _evaluation(
+  directory: pathlib.Path, step: int, config: EmbedderConfig
+) -> Sequence[str]:
   kept = suite.read_results(directory / "evaluations.json")
   columns = {f"step {n}": kept[n] for n in ("0", str(step)) if n in kept}
   if not columns:
     return []
   table = results_markdown(columns, metrics=suite.MAIN_METRICS)
-  return [f"## Evaluation\n\nHeld-out tasks of the run (x100).\n\n{table}"]
+  text = "Held-out tasks of the run (x100)."
+  if config.quantization is not None:
+    formats = ", ".join(dict.fromkeys(name for _, name in config.quantization.rules))
+    text += (
+      f" The run trained for weights of {formats}, and these results are of weights so "
+      "rounded, not of others."
+    )
+  return [f"## Evaluation\n\n{text}\n\n{table}"]
 
 
 def _training(directory: pathlib.Path) -> Sequence[str]:

@@ -108,6 +108,7 @@ def main_scores(results: TaskResults) -> dict[str, float]:
   """What stands for each task; higher is better.
 
   It is the main metric at the widest width, in 0..1, or a loss with its sign turned.
+  Tasks that have neither, such as those of other vectors than float32, have none.
   """
   scores = {}
   for task, metrics in results.items():
@@ -119,7 +120,8 @@ def main_scores(results: TaskResults) -> dict[str, float]:
       metric, _, width = key.rpartition("/")
       if metric in MAIN_METRICS:
         widest[int(width)] = value
-    scores[task] = widest[max(widest)]
+    if widest:
+      scores[task] = widest[max(widest)]
   return scores
 
 

@@ -4,11 +4,13 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -251,7 +253,8 @@ class CheckpointEmbedder:
     checkpoint: A MODEL_DIR, MODEL_DIR/checkpoints/STEP, or the directory of an
       EmbeddingGemma-like model as sentence-transformers keeps it.
     max_length: Tokens after which a text is cut; None is the longest in training.
-    tokens_per_batch: Token slots of one device call; None is what suits the device.
+    tokens_per_batch: Token slots of one device's part of a call; None is what suits it.
+    devices: Over which texts are split, the weights on each; None is the first.
 
   Attributes:
     description: Of the model.
@@ -267,20 +270,61 @@ class CheckpointEmbedder:
     checkpoint: str | os.PathLike[str],
     max_length: int | None = None,
     tokens_per_batch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
   ):
     model = conversion.open_embedder(checkpoint, codes=True)
     self.notes = model.notes
     directory = pathlib.Path(checkpoint).resolve()
     self.name = directory.name if model.step is None else f"step {model.step}"
     self.description = model.description
-    self._config = model.description.embedder
-    self._encoder = TextEncoder(
+    config = model.description.embedder
+    self._config = config
+    self._vocabulary = model.vocabulary
+    self._tokens_per_batch = tokens_per_batch
+    self._mesh = None if devices is None else Mesh(np.asarray(devices), ("data",))
+    where: jax.Device | NamedSharding = jax.devices()[0]
+    if self._mesh is not None:
+      where = NamedSharding(self._mesh, PartitionSpec())
+    self._params: Params = jax.device_put(model.params, where)
+    if not is_quantized(self._params):  # formats are rounded once, here
+      round_all = functools.partial(computed, config=config)
+      self._params = jax.jit(round_all, donate_argnums=0)(self._params)
+      self._config = computed_config(config)
+    self._encoder = self._text_encoder(max_length or model.description.max_length)
+
+  def _text_encoder(self, max_length: int) -> TextEncoder:
+    return TextEncoder(
       self._config,
-      model.vocabulary,
-      max_length or model.description.max_length,
-      tokens_per_batch,
+      self._vocabulary,
+      max_length,
+      self._tokens_per_batch,
+      self._mesh,
+      () if self._mesh is None else ("data",),
     )
-    self._params = jax.device_put(model.params, jax.devices()[0])
+
+  def cut_at(
+    self, max_length: int
+  ) -> Callable[[Sequence[str]], Float[np.ndarray, "N E"]]:
+    """`encode` for texts that are cut after another number of tokens.
+
+    Raises:
+      ConfigError: more than the model has positions.
+    """
+    return functools.partial(self._text_encoder(max_length).encode, self._params)
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """16 hexadecimal digits that change with all that vectors depend on but lengths."""
+    found = hashlib.blake2b(digest_size=8)
+    config = self.description.embedder.to_json()
+    settings = {**config, "prompts": dict(self.description.prompts)}
+    found.update(json.dumps(settings, sort_keys=True).encode())
+    found.update(self._vocabulary.fingerprint.encode())
+    leaves, structure = jax.tree.flatten(jax.device_get(self._params))
+    found.update(str(structure).encode())
+    for leaf in leaves:
+      found.update(np.ascontiguousarray(leaf).data)
+    return found.hexdigest()
 
   def prompt(self, name: str) -> str:
     """The text of a named prompt.

@@ -1,10 +1,11 @@
 """Checkpoint directories and foreign formats, to and from a `Model`."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 from flax import traverse_util
@@ -107,11 +108,20 @@ def write_checkpoint(model: Model, directory: pathlib.Path) -> None:
   description = model.description
   if not description.lineage:
     description = dataclasses.replace(description, lineage=_digest(model.params))
-  try:
+  with plain_errors():
     checkpoints.write_description(directory, description, model.vocabulary, "")
     checkpoints.write_weights(directory, model.params)
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+  """What the system said of a failed write, for what is no run.
+
+  A checkpoint's own message is about a run, which keeps what it has and resumes.
+  """
+  try:
+    yield
   except CheckpointError as error:
-    # Its message is about a run, which keeps what it has and resumes.
     if isinstance(error.__cause__, OSError):
       raise error.__cause__ from None
     raise

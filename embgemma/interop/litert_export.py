@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flax import traverse_util
+
 from embgemma.errors import ConfigError
 from embgemma.interop import torch_pipeline
 from embgemma.interop.model import Model
@@ -102,18 +104,22 @@ def _bits(config: EmbedderConfig, dtype: str) -> dict[str, int]:
       )
   if rules is None:
     return {}
-  plain = dataclasses.replace(config, lora=None)
-  formats = quantization.formats(embedder.abstract_params(plain), rules)
-  named = {"/".join(path): name for path, name in formats.items()}
+  plain = embedder.abstract_params(dataclasses.replace(config, lora=None))
+  formats = quantization.formats(plain, rules)
   found = {}
   for part, (_, pattern, _) in _PARTS.items():
-    own = {name for path, name in named.items() if re.search(pattern, path)}
-    if len(own) > 1 or not own <= _BITS.keys():
-      raise ConfigError(
-        f"--dtype={dtype}: the {part} of the model has {', '.join(sorted(own))}; of a "
-        f"part LiteRT has one of {', '.join(_BITS)}, such as @mixed_channel() gives"
-      )
-    if own:
+    own = {
+      formats.get(path, "float32")
+      for path, leaf in traverse_util.flatten_dict(plain).items()
+      if path[-1] in ("kernel", "table") and re.search(pattern, "/".join(path))
+    }
+    if own and own != {"float32"}:
+      if len(own) > 1 or not own <= _BITS.keys():
+        raise ConfigError(
+          f"--dtype={dtype}: the {part} of the model has {', '.join(sorted(own))}; "
+          f"LiteRT has one of {', '.join(_BITS)} for each part, such as "
+          "@mixed_channel() gives"
+        )
       found[part] = _BITS[own.pop()]
   return found
 
@@ -161,6 +167,25 @@ def _quantize(path: pathlib.Path, bits: Mapping[str, int]) -> None:
     quantized = found.quantize()
     path.unlink()
     quantized.export_model(str(path))
+  _check_quantized(path, bits)
+
+
+def _check_quantized(path: pathlib.Path, bits: Mapping[str, int]) -> None:
+  """That the converter called parts as `_PARTS` has it: else they are float32 still."""
+  from ai_edge_litert.interpreter import Interpreter
+
+  names = [
+    each["name"]
+    for each in Interpreter(str(path)).get_tensor_details()
+    if each["quantization_parameters"]["scales"].size > 1
+  ]
+  # The table's own tensor is a constant without a name.
+  for part in bits.keys() - {"token table"}:
+    if not any(re.search(_PARTS[part][0], name) for name in names):
+      raise ConfigError(
+        f"litert-torch names the products of {part} otherwise than version 0.10 does; "
+        "install that one"
+      )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from flax import traverse_util
 from rich.table import Table
 
 from embgemma import checkpoints
-from embgemma.interop import codes
+from embgemma.interop import codes, conversion
 from embgemma.interop.model import Model
 from embgemma.models import quantization
 from embgemma.models.config import QuantizationConfig
@@ -26,7 +26,7 @@ class Row:
   """A parameter, kept.
 
   Attributes:
-    name: Its path.
+    name: Its path; of one of several layers that are kept as one, with its number.
     kept_as: Its format, or float32.
     values: Numbers.
     bytes: Kept, codes packed.
@@ -78,11 +78,16 @@ def quantize(model: Model, rules: QuantizationConfig) -> QuantizedModel:
       rows.append(Row(name, "float32", leaf.size, leaf.nbytes, 0.0))
       continue
     of: Any = traverse_util.flatten_dict(model.params)[path]
-    values = np.asarray(leaf.values())
-    error = float(np.sqrt(np.mean(np.square(values - of)) / np.mean(np.square(of))))
-    chosen = formats[path]
-    kept = FORMATS[chosen].bytes(of.shape, quantization.input_axis(path))
-    rows.append(Row(name, chosen, of.size, kept, error))
+    values, chosen = np.asarray(leaf.values()), formats[path]
+    axis = quantization.input_axis(path)
+    # Layers of a scan lie on a leading axis; each is a matrix.
+    stacked = of.ndim > 2
+    for index, matrix in enumerate(of if stacked else [of]):
+      of_it = values[index] if stacked else values
+      error = np.mean(np.square(of_it - matrix)) / np.mean(np.square(matrix))
+      kept = FORMATS[chosen].bytes(matrix.shape, axis)
+      own = f"{name}[{index}]" if stacked else name
+      rows.append(Row(own, chosen, matrix.size, kept, float(np.sqrt(error))))
   description = dataclasses.replace(model.description, config=config)
   return QuantizedModel(
     dataclasses.replace(model, description=description, params=found), tuple(rows)
@@ -93,11 +98,12 @@ def write(quantized: QuantizedModel, directory: pathlib.Path) -> None:
   """Writes a checkpoint directory of codes, with quantization.json.
 
   Raises:
-    CheckpointError, OSError: the directory cannot be written.
+    OSError: the directory cannot be written.
   """
   model = quantized.model
-  checkpoints.write_description(directory, model.description, model.vocabulary, "")
-  checkpoints.write_weights(directory, codes.stored(model.params), codes.ITEM)
+  with conversion.plain_errors():
+    checkpoints.write_description(directory, model.description, model.vocabulary, "")
+    checkpoints.write_weights(directory, codes.stored(model.params), codes.ITEM)
   content = [dataclasses.asdict(row) for row in quantized.rows]
   (directory / REPORT_FILE).write_text(json.dumps(content, indent=1) + "\n")
 

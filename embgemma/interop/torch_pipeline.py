@@ -13,6 +13,7 @@ from typing import Any
 from embgemma.interop import sentence_transformers_writer
 from embgemma.interop.model import Model
 
+_MODULES = "modules.json"
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
 
 
@@ -32,9 +33,10 @@ class Pipeline:
   notes: tuple[str, ...]
 
   def copy_settings(self, directory: pathlib.Path) -> None:
-    """Tokenizer, settings and card, without weights."""
+    """Tokenizer, configuration, prompts and card, without weights."""
     for file in self.files.iterdir():
-      if file.is_file() and file.suffix != ".safetensors":
+      # Its modules are in the graph, whose folders would be missing here.
+      if file.is_file() and file.suffix != ".safetensors" and file.name != _MODULES:
         shutil.copy2(file, directory / file.name)
 
 

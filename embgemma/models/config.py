@@ -257,6 +257,7 @@ class QuantizationConfig:
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "rules", tuple(map(tuple, self.rules)))
+    _require(bool(self.rules), "QuantizationConfig.rules: none; leave quantization out")
     for rule in self.rules:
       _require(
         len(rule) == 2 and rule[1] in WEIGHT_FORMATS,

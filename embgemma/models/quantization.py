@@ -75,7 +75,9 @@ def _q4_0(blocks: Array) -> tuple[Array, Array]:
   """The largest by magnitude, with its sign, is code -8."""
   largest = jnp.argmax(jnp.abs(blocks), axis=-1, keepdims=True)
   scale = jnp.take_along_axis(blocks, largest, axis=-1) / -8
-  codes = jnp.clip(jnp.trunc(blocks * _inverse(scale) + 8.5), 0, 15) - 8
+  # Within -8..8: the bounds keep compilers from rounding product and sum as one.
+  scaled = jnp.clip(blocks * _inverse(scale), -9, 9)
+  codes = jnp.clip(jnp.trunc(scaled + 8.5), 0, 15) - 8
   return codes.astype(jnp.int8), scale
 
 

@@ -23,13 +23,15 @@ from embgemma.evaluation.suite import (
   main_scores,
   mean_score,
 )
+from embgemma.models.config import VECTOR_FORMATS
 from embgemma.reporting import charts
 from embgemma.reporting.records import Curve, Records, Run, Search
 from embgemma.training.progress import duration
 
 _KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
 _SEED = re.compile(r"_seed\d+$")  # of a recipe's stages
-_SHOWN = (*MAIN_METRICS, LOSS, "perplexity")
+_OF_CODES = (f"{metric} ({name})" for name in VECTOR_FORMATS for metric in MAIN_METRICS)
+_SHOWN = (*MAIN_METRICS, *_OF_CODES, LOSS, "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,8 +190,9 @@ def page(records: Records, title: str, places: Mapping[str, np.ndarray]) -> Page
 
 
 def _of_embedder(results: TaskResults) -> bool:
-  """Whether results are an embedder's."""
-  return bool(results) and not any(LOSS in metrics for metrics in results.values())
+  """Whether results are an embedder's, with a mean score."""
+  losses = any(LOSS in metrics for metrics in results.values())
+  return not losses and bool(main_scores(results))
 
 
 def final_results(records: Records) -> dict[str, TaskResults]:

@@ -24,7 +24,6 @@ from embgemma.typing import Float
 
 _SENTENCE_TRANSFORMERS = "sentence_transformers:"
 _GEMINI = "gemini:"
-_NO_TITLE = "title: none"  # the place of a title in a prompt
 # Kinds whose sides differ in what they are, whatever EmbeddingGemma's prompts say.
 RETRIEVAL_KINDS = frozenset({"search", "qa", "fact_checking", "code", "reranking"})
 BYTES_PER_TOKEN = 4  # of UTF-8, to estimate what is billed; any script, roughly
@@ -271,7 +270,7 @@ class SentenceTransformersTeacher:
 
   def document(self, text: str, title: str | None, kind: str | None) -> Input:
     prompt = self._prompt(kind, 1, ("document", "passage", "corpus"))
-    if title and _NO_TITLE in prompt:
+    if title and prompts.has_title(prompt):
       return Input(prompts.document(text, title, prompt))
     return Input(f"{title} {text}" if title else text, prompt)
 

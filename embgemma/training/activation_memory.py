@@ -153,6 +153,8 @@ def fitting_tokens(
     # Beside the sum of gradients those of a microbatch, and of its loss the table's.
     held += 4 * _elements(gradients) + 4 * decoder.vocab_size * decoder.width
     held += logits_bytes(decoder.vocab_size)
+  elif config.quantization is not None:
+    held += 8 * _elements(abstract.params)  # rounded, and gradients of what is rounded
   most = microbatch_tokens(config, row, _USABLE_SHARE * device_bytes - held)
   if abstract.step.sharding.mesh.devices.flat[0].platform != "cpu":
     return most

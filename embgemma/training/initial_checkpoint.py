@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Literal
 
 from embgemma import checkpoints
 from embgemma.errors import CheckpointError, ConfigError
@@ -24,7 +25,7 @@ def checkpoint_model(
   matryoshka_widths: Sequence[int] | None = None,
   lora: LoraConfig | None = None,
   pooler: str | None = None,
-  quantization: QuantizationConfig | None = None,
+  quantization: QuantizationConfig | Literal["checkpoint"] | None = "checkpoint",
 ) -> EmbedderConfig:
   """The configuration of a checkpoint's embedder, with what training may change.
 
@@ -40,19 +41,22 @@ def checkpoint_model(
     lora: Adapters to train; None is the checkpoint's, if it has any.
     pooler: Of the embedder that pretrained stacks become, as in EmbedderConfig; None
       is the mean. That of an embedder stays.
-    quantization: Formats to compute with; None is the checkpoint's, if it has any.
+    quantization: Formats to compute with; "checkpoint" is the checkpoint's, if it has
+      any, and None is none.
 
   Raises:
     ConfigError: no path, or a value that does not fit the model.
     CheckpointError: the checkpoint cannot be read.
   """
   config = _embedder(path, pooler)
+  if quantization == "checkpoint":
+    quantization = config.quantization
   return dataclasses.replace(
     config,
     transformer=_trained(config.transformer, dtype, remat, window),
     matryoshka_widths=matryoshka_widths or config.matryoshka_widths,
     lora=lora or config.lora,
-    quantization=quantization or config.quantization,
+    quantization=quantization,
   )
 
 

@@ -170,7 +170,13 @@ def _starting_point(path: str, vocabulary: SentencePieceVocabulary) -> StartingP
       f"{directory} has another vocabulary than this run, whose token ids would mean "
       f"other rows of its table; set VOCABULARY = '{directory}/tokenizer.model'"
     )
-  step = CheckpointStore(directory).resolve_step(step)
+  store = CheckpointStore(directory)
+  step = store.resolve_step(step)
+  if store.shipped_item(step) == "codes":
+    raise CheckpointError(
+      f"{directory}: holds weights of 4 and 8 bits; training starts from float32 ones: "
+      "give the checkpoint that they were made of"
+    )
   return StartingPoint(path, directory, step, description.config, description.lineage)
 
 

@@ -255,7 +255,7 @@ def test_ablation(ablation, pairs, base, pretrained, tmp_path, capsys):
     "poolers": (f"STACKS={pretrained}",),
     "losses": (f"CHECKPOINT={base}",),
     "widths": (f"CHECKPOINT={base}", "FULL_WIDTH=32"),
-    "quantization": (f"CHECKPOINT={base}",),
+    "quantization": (f"CHECKPOINT={base}", "TEACHER=before"),
   }
   macros = (*starts[ablation], f"PAIRS={own}")
   found = commands(

@@ -117,7 +117,7 @@ def test_texts_are_embedded_with_codes(preset, model, tmp_path):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_bytes_are_those_on_the_disk(preset, model, tmp_path):
+def test_bytes_are_those_of_what_is_stored(preset, model, tmp_path):
   quantized = written(model, PRESETS[preset], tmp_path)
   size = sum(row.bytes for row in quantized.rows)
   arrays = jax.tree.leaves(codes.stored(quantized.model.params))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from embgemma import outputs
 from embgemma.checkpoints import Description
 from embgemma.data.prompts import PROMPTS
 from embgemma.errors import ConfigError
@@ -14,7 +15,11 @@ from embgemma.inference.embedder import TextEncoder
 from embgemma.interop import layout, litert_export
 from embgemma.interop.model import Model
 from embgemma.models import quantization
-from embgemma.models.config import EmbedderConfig, TransformerConfig
+from embgemma.models.config import (
+  EmbedderConfig,
+  QuantizationConfig,
+  TransformerConfig,
+)
 from embgemma.models.embedder import abstract_params
 
 LENGTH = 64
@@ -68,6 +73,7 @@ def interpreter(model, tmp_path_factory):
     names = {path.name for path in directory.iterdir()}
     assert {"model.tflite", "tokenizer.json", "config.json", "README.md"} <= names
     assert not list(directory.rglob("*.safetensors"))
+    assert outputs._holds_model(directory), "--overwrite replaces it"
     return Interpreter(str(directory / "model.tflite"))
 
   return make
@@ -94,22 +100,23 @@ def test_codes_are_ours(interpreter, model, vectors):
   cosines = np.sum(embedded(mixed, model) * vectors, axis=1)
   assert cosines.min() > 0.9
   params = quantization.quantized(model.params, quantization.mixed_channel())
-  expected = [
-    np.moveaxis(np.asarray(leaf.codes, np.int8), leaf.axis, -1).reshape(
-      -1, leaf.codes.shape[leaf.axis]
-    )
-    for leaf in traverse_util.flatten_dict(params).values()
-    if isinstance(leaf, quantization.Quantized)
-  ]
-  # Scanned layers of ours are single ones there: matrices by their rows.
-  ours = {row.tobytes() for matrix in expected for row in matrix}
-  theirs = [
-    mixed.get_tensor(each["index"])
-    for each in mixed.get_tensor_details()
-    if each["quantization_parameters"]["scales"].size > 1
-  ]
-  assert sum(len(matrix) for matrix in theirs) == sum(map(len, expected))
-  assert {row.tobytes() for matrix in theirs for row in np.int8(matrix)} == ours
+  ours = {}
+  for path, leaf in traverse_util.flatten_dict(params).items():
+    if isinstance(leaf, quantization.Quantized):
+      codes = np.moveaxis(np.asarray(leaf.codes, np.int8), leaf.axis, -1)
+      scales = np.moveaxis(np.asarray(leaf.scales), leaf.axis, -1)[..., 0]
+      # Scanned layers lie on a leading axis.
+      matrices = (
+        zip(codes, scales, strict=True) if codes.ndim > 2 else [(codes, scales)]
+      )
+      for index, (matrix, own) in enumerate(matrices):
+        ours[matrix.tobytes()] = (path, index, own)
+  for each in mixed.get_tensor_details():
+    own = each["quantization_parameters"]["scales"]
+    if own.size > 1:
+      _, _, expected = ours.pop(np.int8(mixed.get_tensor(each["index"])).tobytes())
+      np.testing.assert_allclose(own, expected, rtol=1e-6)
+  assert not ours, "every matrix is there, whole"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +125,11 @@ def test_codes_are_ours(interpreter, model, vectors):
     ("bfloat16", None, "litert has float32, mixed_channel, trained"),
     ("trained", None, "was not trained in a format"),
     ("trained", quantization.int4_block32(), "token table of the model has q4_0"),
+    (
+      "trained",
+      QuantizationConfig((("attention/query", "int8_channel"),)),
+      "attention of the model has float32, int8_channel",
+    ),
   ],
 )
 def test_what_it_refuses(dtype, rules, message):

@@ -1,5 +1,7 @@
 """ONNX in onnxruntime against our own embedder."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import onnx
@@ -103,6 +105,20 @@ def test_int8_is_close_and_small(exported, model, tmp_path):
     for model in (path, exported / "onnx" / "model.onnx")
   ]
   assert sizes[0] < 0.3 * sizes[1]
+
+
+def test_a_long_row_costs_others_nothing(model, tmp_path):
+  """Each row of the token table has its own scale."""
+  table = model.params["encoder"]["embedder"]["table"]
+  params = {**model.params, "encoder": {**model.params["encoder"]}}
+  longer = table.copy()
+  longer[-1] *= 1000  # of a piece that no text has
+  params["encoder"]["embedder"] = {"table": longer}
+  other = dataclasses.replace(model, params=params)
+  onnx_export.write(other, tmp_path, "int8", 64)
+  found = embedded(tmp_path / "onnx" / "model_quantized.onnx", model, TEXTS)
+  expected = TextEncoder(CONFIG, model.vocabulary, 64).encode(model.params, TEXTS)
+  assert np.sum(found * expected, axis=1).min() > 0.98
 
 
 def test_other_dtypes():

@@ -1,0 +1,150 @@
+"""`embgemma eval` on benchmarks of mteb."""
+
+import argparse
+import logging
+import pathlib
+import re
+from typing import Any
+
+from embgemma.commands.messages import say, say_notes
+from embgemma.errors import ConfigError, DataError
+
+
+def run_benchmark(options: argparse.Namespace) -> None:
+  """Writes results in mteb's layout, and prints them."""
+  logging.getLogger("mteb").setLevel(logging.ERROR)
+  try:
+    import mteb  # noqa: F401
+  except ModuleNotFoundError as error:
+    raise ConfigError(
+      f"`embgemma eval --benchmark` needs {error.name}: pip install 'embgemma[eval]'"
+    ) from error
+  from rich.console import Console
+
+  from embgemma import flags, process
+  from embgemma.evaluation import mteb_runner
+  from embgemma.evaluation.mteb_runner import TASK_LENGTHS, BenchmarkModel
+
+  if not options.results:
+    raise ConfigError("--results=DIR: where results go, in mteb's layout")
+  lengths = dict(TASK_LENGTHS) | _task_lengths(options.task_lengths)
+  chosen = mteb_runner.tasks(
+    options.benchmark, _names(options.tasks), _names(options.task_modules)
+  )
+  if not chosen:
+    raise ConfigError("no tasks: give --benchmark, --tasks or --task_modules")
+  if options.mteb_data:
+    for name in mteb_runner.use_local_data(chosen, pathlib.Path(options.mteb_data)):
+      say(f"{name}: not in {options.mteb_data}; from the hub or its cache")
+  process.keep_compilations()
+  embedder = _embedder(options)
+  say_notes(embedder.notes)
+  description = embedder.description
+  widths: Any = description.embedder.matryoshka_widths
+  if options.widths:
+    widths = flags.counts("widths", options.widths)
+  model = BenchmarkModel(
+    name=_model_name(options),
+    revision=embedder.fingerprint,
+    full_width=description.embedder.embedding_width,
+    max_length=description.embedder.transformer.max_length,
+    prompts=description.prompts,
+    encoder=embedder.cut_at,
+    titles=not options.joined_titles,
+  )
+  outcomes = mteb_runner.run(
+    model,
+    chosen,
+    widths,
+    pathlib.Path(options.results),
+    task_lengths=lengths,
+    length=options.max_length or min(mteb_runner.DEFAULT_LENGTH, model.max_length),
+    said=_say_outcome,
+  )
+  Console().print(_table(outcomes, chosen, widths))
+  say(f"{model.name}, revision {model.revision}: {options.results}")
+  failed = [each for each in outcomes if each.error]
+  if failed:
+    lines = [f"  {each.task} (width {each.width}): {each.error}" for each in failed]
+    raise DataError(
+      f"{len(failed)} of {len(outcomes)} evaluations failed; the others are complete, "
+      "and the same command does only these again:\n" + "\n".join(lines)
+    )
+
+
+def _embedder(options: argparse.Namespace) -> Any:
+  import jax
+
+  from embgemma.inference.embedder import CheckpointEmbedder
+
+  devices = jax.devices()
+  return CheckpointEmbedder(
+    options.checkpoint,
+    tokens_per_batch=options.tokens_per_batch,
+    devices=None if devices[0].platform == "cpu" else devices,
+  )
+
+
+def _names(text: str | None) -> list[str]:
+  return [name for name in (text or "").split(",") if name]
+
+
+def _task_lengths(text: str | None) -> dict[str, int]:
+  """TASK=TOKENS,… of --task_lengths."""
+  found = {}
+  for item in _names(text):
+    match = re.fullmatch(r"(.+)=([1-9]\d*)", item)
+    if match is None:
+      raise ConfigError(f"--task_lengths={item}: write TASK=2048,OTHER=1024")
+    found[match[1]] = int(match[2])
+  return found
+
+
+def _model_name(options: argparse.Namespace) -> str:
+  """ORGANISATION/MODEL, as mteb wants it."""
+  default = f"embgemma/{pathlib.Path(options.checkpoint).resolve().name}"
+  name = options.model_name or default
+  if not re.fullmatch(r"[^/\s]+/[^/\s]+", name):
+    raise ConfigError(f"--model_name={name}: write ORGANISATION/MODEL")
+  return str(name)
+
+
+def _say_outcome(outcome: Any) -> None:
+  if outcome.error:
+    say(f"{outcome.task} (width {outcome.width}): failed: {outcome.error}")
+  elif outcome.seconds:
+    rate = outcome.texts / outcome.seconds
+    texts = f", {outcome.texts:,} texts, {rate:,.0f}/s" if outcome.texts else ""
+    say(
+      f"{outcome.task} (width {outcome.width}): {100 * outcome.score:.2f}, "
+      f"{outcome.seconds:.1f} s{texts}"
+    )
+
+
+def _table(outcomes: Any, chosen: Any, widths: Any) -> Any:
+  """Tasks by widths, with the benchmark's means."""
+  from rich.table import Table
+
+  from embgemma.evaluation import benchmark_scores
+
+  types = {task.metadata.name: task.metadata.type for task in chosen}
+  models = {
+    f"{width}": {
+      each.task: each.score
+      for each in outcomes
+      if each.width == width and each.score is not None
+    }
+    for width in widths
+  }
+  heads, rows = benchmark_scores.tasks_table(models, types)
+  table = Table()
+  for index, head in enumerate(heads):
+    table.add_column(head, justify="left" if index < 2 else "right")
+  for row in rows:
+    table.add_row(*row)
+  table.add_section()
+  found = benchmark_scores.standings(models, types).values()
+  percent = benchmark_scores.percent
+  table.add_row("Mean(Task)", "", *(percent(each.mean_task) for each in found))
+  table.add_row("Mean(Type)", "", *(percent(each.mean_type) for each in found))
+  return table

@@ -1,0 +1,174 @@
+"""A model in mteb's protocol: mteb's batches in, vectors of our packed embedder out.
+
+mteb (the extra `eval`) is imported by the functions that need it.
+"""
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from embgemma.data import prompts
+from embgemma.losses.matryoshka import truncate
+from embgemma.typing import Float
+
+Encode = Callable[[Sequence[str]], Float[np.ndarray, "N E"]]
+
+
+class StoredVectors:
+  """Full-width vectors of the texts seen so far, so that none is embedded twice.
+
+  The widths of a task, and the repeats of its probes, ask for the same texts. Vectors
+  lie in a file without a name, which ends with the object.
+
+  Args:
+    encode: Texts to vectors of unit norm, float32.
+
+  Attributes:
+    texts: Embedded, each once.
+    asked: For, in all.
+  """
+
+  def __init__(self, encode: Encode):
+    self._encode = encode
+    self._rows: dict[bytes, int] = {}
+    self._file = tempfile.TemporaryFile()  # noqa: SIM115 (ends with the object)
+    self._width = 0
+    self.asked = 0
+
+  @property
+  def texts(self) -> int:
+    return len(self._rows)
+
+  def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
+    """Vectors in the order of the texts."""
+    self.asked += len(texts)
+    keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
+    new: dict[bytes, str] = {}
+    for key, text in zip(keys, texts, strict=True):
+      if key not in self._rows:
+        new.setdefault(key, text)
+    if new:
+      vectors = np.ascontiguousarray(self._encode(list(new.values())), "<f4")
+      self._width = vectors.shape[1]
+      for key in new:
+        self._rows[key] = len(self._rows)
+      self._file.seek(0, 2)
+      self._file.write(vectors.tobytes())
+      self._file.flush()
+    if not keys:
+      return self._encode([])
+    kept = np.memmap(self._file, "<f4", mode="r", shape=(len(self._rows), self._width))
+    return np.asarray(kept[[self._rows[key] for key in keys]])
+
+  def clear(self) -> None:
+    """Forgets all texts: those of the next task are others."""
+    self._rows.clear()
+    self._file.seek(0)
+    self._file.truncate()
+
+
+@dataclasses.dataclass(frozen=True)
+class MtebEncoder:
+  """mteb's `EncoderProtocol`: one model at one width.
+
+  Prompts are found as mteb finds those of sentence-transformers models: by task name
+  and prompt type, task name, task type and prompt type, task type, prompt type.
+
+  Attributes:
+    mteb_model_meta: Under which mteb keeps the results.
+    vectors: Texts, with their prompts, to vectors of full width.
+    width: Components kept.
+    model_prompts: Prompt by key, such as "STS", "Retrieval-query" or a task's name.
+    titles: Whether a document with a title has it in the prompt's place for one, as
+      the model was trained; without, title and text are one text, as mteb's own
+      wrapper has it.
+  """
+
+  mteb_model_meta: Any
+  vectors: Encode
+  width: int
+  model_prompts: Mapping[str, str]
+  titles: bool = True
+
+  def encode(
+    self,
+    inputs: Iterable[Mapping[str, Any]],
+    *,
+    task_metadata: Any,
+    hf_split: str,
+    hf_subset: str,
+    prompt_type: Any = None,
+    **kwargs: Any,
+  ) -> Float[np.ndarray, "N W"]:
+    """Unit vectors of the texts of a loader, float32."""
+    from mteb.models.abs_encoder import get_prompt_name
+
+    del hf_split, hf_subset, kwargs
+    name = get_prompt_name(dict(self.model_prompts), task_metadata, prompt_type)
+    prompt = "" if name is None else self.model_prompts[name]
+    texts: list[str] = []
+    for batch in inputs:
+      texts += self._texts(batch, prompt)
+    return np.asarray(truncate(self.vectors(texts), self.width))
+
+  def _texts(self, batch: Mapping[str, Any], prompt: str) -> list[str]:
+    if not (self.titles and "body" in batch and prompts.has_title(prompt)):
+      return [prompt + text for text in batch["text"]]
+    bodies = batch["body"]
+    titles = batch.get("title") or [""] * len(bodies)
+    return [
+      prompts.document(body, title, prompt)
+      for body, title in zip(bodies, titles, strict=True)
+    ]
+
+  def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+    """[N, M] inner products of unit vectors, a torch tensor."""
+    one, two = _tensors(embeddings1, embeddings2)
+    return one @ two.T
+
+  def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+    """[N] inner products, a torch tensor."""
+    one, two = _tensors(embeddings1, embeddings2)
+    return (one * two).sum(-1)
+
+
+def _tensors(*values: Any) -> list[Any]:
+  import torch
+
+  return [torch.atleast_2d(torch.as_tensor(value)) for value in values]
+
+
+def model_meta(
+  name: str,
+  revision: str,
+  width: int,
+  max_length: int,
+  experiment: Mapping[str, Any],
+) -> Any:
+  """mteb's description of a model at a width.
+
+  Args:
+    name: Such as "me/my-model".
+    revision: Changes with the weights.
+    width: Components kept.
+    max_length: Tokens after which texts are cut.
+    experiment: What is not as in the paper, such as {"embed_dim": 128}; its results
+      have a folder of their own.
+  """
+  from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+  return ModelMeta.create_empty(
+    overwrites={
+      "name": name,
+      "revision": revision,
+      "embed_dim": width,
+      "max_tokens": max_length,
+      "similarity_fn_name": ScoringFunction.COSINE,
+      "framework": ["JAX"],
+      "experiment_kwargs": dict(experiment) or None,
+    }
+  )

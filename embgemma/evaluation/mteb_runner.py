@@ -1,0 +1,278 @@
+"""Benchmarks of mteb, run by mteb, with a checkpoint's vectors.
+
+Tasks, metrics and files of results are mteb's own (the extra `eval`, imported by the
+functions that need it); ours is how texts are embedded, and that a task that fails
+keeps no other back.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import inspect
+import logging
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from embgemma.errors import ConfigError
+from embgemma.evaluation.mteb_encoder import (
+  Encode,
+  MtebEncoder,
+  StoredVectors,
+  model_meta,
+)
+
+BATCH = 1024  # texts that mteb hands over at once; all of a call are packed together
+# The paper gives 512 tokens, and more to long ones, of which it names this.
+TASK_LENGTHS: Mapping[str, int] = {"LEMBPasskeyRetrieval": 2048}
+DEFAULT_LENGTH = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkModel:
+  """A model as a benchmark sees it.
+
+  Attributes:
+    name: Such as "me/my-model".
+    revision: Changes with the weights.
+    full_width: Of its vectors.
+    max_length: Most tokens of a text, of any task.
+    prompts: By mteb's keys; a task's name is one.
+    encoder: From tokens after which a text is cut to what embeds texts.
+    titles: See `MtebEncoder`.
+  """
+
+  name: str
+  revision: str
+  full_width: int
+  max_length: int
+  prompts: Mapping[str, str]
+  encoder: Callable[[int], Encode]
+  titles: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOutcome:
+  """What became of a task at a width.
+
+  Attributes:
+    task: Its name.
+    width: Components kept.
+    score: Mean of its main score over splits and subsets; None where it failed.
+    error: Why it failed; "".
+    seconds: That it took; 0 where the result was there.
+    texts: Embedded for it, each once.
+  """
+
+  task: str
+  width: int
+  score: float | None
+  error: str
+  seconds: float
+  texts: int
+
+
+def tasks(
+  benchmark: str | None, names: Sequence[str], modules: Sequence[str]
+) -> list[Any]:
+  """mteb's tasks: those of a benchmark, single ones, and one's own.
+
+  Args:
+    benchmark: Such as "MTEB(Multilingual, v2)".
+    names: Of registered tasks, or of tasks in `modules`.
+    modules: Python modules whose subclasses of mteb's tasks are meant, all of them
+      where neither benchmark nor names are given.
+
+  Raises:
+    ConfigError: there is no such benchmark, task or module.
+  """
+  import mteb
+
+  own = {task.metadata.name: task for name in modules for task in _defined(name)}
+  found: list[Any] = []
+  if benchmark:
+    try:
+      found += list(mteb.get_benchmark(benchmark).tasks)
+    except KeyError as error:
+      raise ConfigError(f"--benchmark: {_said(error)}") from error
+  for name in names:
+    if name in own:
+      found.append(own[name])
+      continue
+    try:
+      found.append(mteb.get_task(name))
+    except KeyError as error:
+      raise ConfigError(f"--tasks: {_said(error)}") from error
+  return found if benchmark or names else list(own.values())
+
+
+def _defined(module: str) -> Iterator[Any]:
+  """The tasks that a module defines, in its order."""
+  from mteb.abstasks import AbsTask
+
+  try:
+    namespace = vars(importlib.import_module(module))
+  except ImportError as error:
+    raise ConfigError(
+      f"--task_modules={module}: cannot be imported: {error}"
+    ) from error
+  count = 0
+  for value in namespace.values():
+    if (
+      inspect.isclass(value)
+      and issubclass(value, AbsTask)
+      and value.__module__ == module
+      and hasattr(value, "metadata")
+    ):
+      count += 1
+      yield value()
+  if not count:
+    raise ConfigError(f"--task_modules={module}: defines no task of mteb's")
+
+
+def _said(error: KeyError) -> str:
+  return str(error.args[0]).removeprefix("KeyError: ")
+
+
+def use_local_data(chosen: Sequence[Any], directory: pathlib.Path) -> list[str]:
+  """Lets tasks read `directory`/TASK in place of the hub; names of those without.
+
+  Each is a copy of the task's data set repository, such as `hf download --repo-type
+  dataset` makes.
+
+  Raises:
+    ConfigError: there is no such directory.
+  """
+  if not directory.is_dir():
+    raise ConfigError(f"--mteb_data={directory}: no such directory")
+  missing = []
+  for task in chosen:
+    own = directory / task.metadata.name
+    if own.is_dir():
+      source = {"path": str(own), "revision": None}
+      task.metadata = task.metadata.model_copy(update={"dataset": source})
+    else:
+      missing.append(task.metadata.name)
+  return missing
+
+
+def run(
+  model: BenchmarkModel,
+  chosen: Sequence[Any],
+  widths: Sequence[int],
+  results: pathlib.Path,
+  *,
+  task_lengths: Mapping[str, int] = TASK_LENGTHS,
+  length: int = DEFAULT_LENGTH,
+  said: Callable[[TaskOutcome], None] = lambda outcome: None,
+) -> list[TaskOutcome]:
+  """Evaluates at all widths, each text of a task embedded once.
+
+  What is in `results` is not done again; what of a task is missing there is. A task
+  that fails is said so, and the next begins.
+
+  Args:
+    model: Of the vectors.
+    chosen: mteb's tasks.
+    widths: Components kept.
+    results: Folder that gets `results/` in mteb's layout.
+    task_lengths: Tokens after which texts of a task are cut.
+    length: Those of all others.
+    said: Called after each task at each width.
+
+  Raises:
+    ConfigError: a length or width is beyond the model's.
+  """
+  import mteb
+
+  for name, tokens in {"the default": length, **task_lengths}.items():
+    if not 3 <= tokens <= model.max_length and (
+      name == "the default" or any(t.metadata.name == name for t in chosen)
+    ):
+      raise ConfigError(
+        f"{tokens} tokens of a text ({name}): the model takes 3 to {model.max_length}"
+      )
+  for width in widths:
+    if not 1 <= width <= model.full_width:
+      raise ConfigError(f"width {width} is not in 1..{model.full_width}, the model's")
+  cache = mteb.ResultCache(results)
+  encoders: dict[int, Encode] = {}
+  outcomes = []
+  for task in chosen:
+    tokens = task_lengths.get(task.metadata.name, length)
+    if tokens not in encoders:
+      encoders[tokens] = model.encoder(tokens)
+    vectors = StoredVectors(encoders[tokens])
+    for width in widths:
+      outcome = _evaluated(model, task, width, tokens, vectors, cache)
+      outcomes.append(outcome)
+      said(outcome)
+    with contextlib.suppress(Exception):  # of a task that failed to load
+      task.unload_data()
+  return outcomes
+
+
+def _evaluated(
+  model: BenchmarkModel,
+  task: Any,
+  width: int,
+  tokens: int,
+  vectors: StoredVectors,
+  cache: Any,
+) -> TaskOutcome:
+  import mteb
+
+  usual = min(TASK_LENGTHS.get(task.metadata.name, DEFAULT_LENGTH), model.max_length)
+  experiment: dict[str, Any] = {}
+  if width != model.full_width:
+    experiment["embed_dim"] = width
+  if tokens != usual:
+    experiment["max_tokens"] = tokens
+  if not model.titles:
+    experiment["titles"] = "joined"
+  meta = model_meta(model.name, model.revision, width, tokens, experiment)
+  encoder = MtebEncoder(meta, vectors, width, model.prompts, model.titles)
+  name, embedded, began = task.metadata.name, vectors.texts, time.monotonic()
+  try:
+    with _quiet():
+      found = cache.load_task_result(name, meta)
+      whole = found is not None and not found.get_missing_evaluations(task)
+      if not whole and not task.data_loaded:
+        task.load_data()  # once for all widths
+      result = mteb.evaluate(
+        encoder,
+        task,
+        co2_tracker=False,
+        cache=cache,
+        overwrite_strategy="only-missing",
+        encode_kwargs={"batch_size": BATCH, "show_progress_bar": False},
+        show_progress_bar=False,
+      )
+    (of_task,) = result.task_results
+    score = float(of_task.get_score())
+  except Exception as error:  # whatever a data set or its loader raises
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return TaskOutcome(name, width, None, text, time.monotonic() - began, 0)
+  seconds = 0.0 if whole else time.monotonic() - began
+  return TaskOutcome(name, width, score, "", seconds, vectors.texts - embedded)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Without what mteb and its data sets say of their progress."""
+  logging.disable(logging.WARNING)
+  bars = os.environ.get("TQDM_DISABLE")
+  os.environ["TQDM_DISABLE"] = "1"
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      yield
+  finally:
+    logging.disable(logging.NOTSET)
+    if bars is None:
+      del os.environ["TQDM_DISABLE"]
+    else:
+      os.environ["TQDM_DISABLE"] = bars
