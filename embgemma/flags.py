@@ -372,6 +372,20 @@ def _add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
     help="title and text of a document as one text, as mteb has it for models of "
     "sentence-transformers; without, in the prompt's place for a title",
   )
+  group = parser.add_argument_group(
+    "XOR-Retrieve and XTREME-UP, from the original files"
+  )
+  group.add_argument(
+    "--xor_retrieve", help="questions, such as xor_dev_retrieve_eng_span_v1_1.jsonl"
+  )
+  group.add_argument(
+    "--corpus", help="passages of XOR-Retrieve: DPR's TSV, or JSONL with title and text"
+  )
+  group.add_argument("--xtreme_up", help="the folder retrieval_cross_lang")
+  group.add_argument("--split", default="test", choices=("test", "validation", "train"))
+  group.add_argument(
+    "--query_prompt", default="query", help="name of the prompt of questions"
+  )
 
 
 def split_gin_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

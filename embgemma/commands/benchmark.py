@@ -1,4 +1,4 @@
-"""`embgemma eval` on benchmarks of mteb."""
+"""`embgemma eval` on benchmarks: of mteb, XOR-Retrieve, XTREME-UP."""
 
 import argparse
 import logging
@@ -148,3 +148,50 @@ def _table(outcomes: Any, chosen: Any, widths: Any) -> Any:
   table.add_row("Mean(Task)", "", *(percent(each.mean_task) for each in found))
   table.add_row("Mean(Type)", "", *(percent(each.mean_type) for each in found))
   return table
+
+
+def check_crosslingual(options: argparse.Namespace) -> None:
+  """Refuses flags of XOR-Retrieve and XTREME-UP that do not go together.
+
+  Raises:
+    ConfigError: naming them.
+  """
+  if bool(options.xor_retrieve) != bool(options.corpus):
+    raise ConfigError("--xor_retrieve=QUESTIONS and --corpus=PASSAGES go together")
+  if options.xor_retrieve:
+    try:
+      import nltk  # noqa: F401
+    except ModuleNotFoundError as error:
+      raise ConfigError(
+        "--xor_retrieve counts tokens with nltk: pip install 'embgemma[eval]'"
+      ) from error
+
+
+def crosslingual_results(
+  options: argparse.Namespace, embedder: Any, widths: Any
+) -> Any:
+  """Results by task, of those that the flags ask for."""
+  from embgemma.data.prompts import TaskPrompts
+  from embgemma.evaluation import crosslingual
+
+  found: dict[str, Any] = {}
+  if not (options.xor_retrieve or options.xtreme_up):
+    return found
+  for width in widths:
+    embedder.check_width(width)
+  chosen = TaskPrompts(options.query_prompt, table=embedder.description.prompts)
+  if options.xor_retrieve:
+    found |= crosslingual.evaluate_xor_retrieve(
+      embedder.encode,
+      chosen,
+      widths,
+      pathlib.Path(options.xor_retrieve),
+      pathlib.Path(options.corpus),
+      lambda passages: say(f"{passages:,} passages"),
+    )
+  if options.xtreme_up:
+    directory = pathlib.Path(options.xtreme_up)
+    found |= crosslingual.evaluate_xtreme_up(
+      embedder.encode, chosen, widths, directory, options.split
+    )
+  return found

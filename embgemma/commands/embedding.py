@@ -176,10 +176,11 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   from embgemma.inference.embedder import CheckpointEmbedder
 
   entries = _declared(options, bindings) | evaluation_entries(options.data)
-  if not entries:
+  benchmark.check_crosslingual(options)
+  if not (entries or options.xor_retrieve or options.xtreme_up):
     raise ConfigError(
-      "nothing to evaluate on: give --data=NAME=PATH[:KIND], or a --gin_file with "
-      "EVALUATIONS"
+      "nothing to evaluate on: give --data=NAME=PATH[:KIND], a --gin_file with "
+      "EVALUATIONS, --benchmark, --xor_retrieve or --xtreme_up"
     )
   process.keep_compilations()
   embedder = CheckpointEmbedder(
@@ -202,7 +203,9 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   evaluators = suite.evaluators(entries, widths, vectors)
   for evaluator in evaluators:
     evaluator.check()
-  columns = {embedder.name: {e.name: e.evaluate(embedder.encode) for e in evaluators}}
+  results = {e.name: e.evaluate(embedder.encode) for e in evaluators}
+  results |= benchmark.crosslingual_results(options, embedder, widths)
+  columns = {embedder.name: results}
   if options.bm25:
     columns["BM25"] = suite.bm25_results(evaluators)
   if options.output:

@@ -6,6 +6,7 @@ keeps no other back.
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import inspect
@@ -205,9 +206,9 @@ def run(
     tokens = task_lengths.get(task.metadata.name, length)
     if tokens not in encoders:
       encoders[tokens] = model.encoder(tokens)
-    vectors = StoredVectors(encoders[tokens])
+    vectors, draws = StoredVectors(encoders[tokens]), _Draws()
     for width in widths:
-      outcome = _evaluated(model, task, width, tokens, vectors, cache)
+      outcome = _evaluated(model, task, width, tokens, vectors, draws, cache)
       outcomes.append(outcome)
       said(outcome)
     with contextlib.suppress(Exception):  # of a task that failed to load
@@ -221,6 +222,7 @@ def _evaluated(
   width: int,
   tokens: int,
   vectors: StoredVectors,
+  draws: "_Draws",
   cache: Any,
 ) -> TaskOutcome:
   import mteb
@@ -240,8 +242,10 @@ def _evaluated(
     with _quiet():
       found = cache.load_task_result(name, meta)
       whole = found is not None and not found.get_missing_evaluations(task)
-      if not whole and not task.data_loaded:
-        task.load_data()  # once for all widths
+      if not whole:
+        if not task.data_loaded:
+          task.load_data()  # once for all widths
+        draws.restart(task)
       result = mteb.evaluate(
         encoder,
         task,
@@ -258,6 +262,23 @@ def _evaluated(
     return TaskOutcome(name, width, None, text, time.monotonic() - began, 0)
   seconds = 0.0 if whole else time.monotonic() - began
   return TaskOutcome(name, width, score, "", seconds, vectors.texts - embedded)
+
+
+class _Draws:
+  """Samples that a task draws, such as clustering's: the same at every width."""
+
+  def __init__(self) -> None:
+    self._states: dict[str, Any] = {}
+
+  def restart(self, task: Any) -> None:
+    """Takes the task's generators back to where they were at the first call."""
+    if not hasattr(task, "rng_state"):
+      return  # one that only sums others up
+    if not self._states:
+      numbers = copy.deepcopy(task.np_rng.bit_generator.state)
+      self._states = {"python": task.rng_state.getstate(), "numpy": numbers}
+    task.rng_state.setstate(self._states["python"])
+    task.np_rng.bit_generator.state = copy.deepcopy(self._states["numpy"])
 
 
 @contextlib.contextmanager
