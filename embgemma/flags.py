@@ -212,13 +212,23 @@ def parser() -> argparse.ArgumentParser:
   report = command("report", "make a page of runs, searches, soups and recipes")
   report.add_argument(
     "directories",
-    nargs="+",
+    nargs="*",
     metavar="DIR",
     help="RECIPE_DIR, MODEL_DIR, SEARCH_DIR, or a file of `embgemma eval --output`",
   )
   report.add_argument("--output", required=True, help=".html file to make")
+  report.add_argument(
+    "--benchmark", help='standings in it, such as "MTEB(Multilingual, v2)"'
+  )
+  report.add_argument(
+    "--results",
+    action="append",
+    default=[],
+    help="folder of results in mteb's layout, or a table as --csv makes it; repeatable",
+  )
+  report.add_argument("--csv", help="file of the benchmark's scores by task, too")
   report.add_argument("--markdown", help="file of its tables, too")
-  report.add_argument("--title", help="default is the name of the first DIR")
+  report.add_argument("--title", help="default is the first DIR's name")
   report.add_argument("--checkpoint", help="whose vectors --map shows")
   report.add_argument(
     "--map",

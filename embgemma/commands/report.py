@@ -1,6 +1,7 @@
 """The command that makes a page of what other commands left behind."""
 
 import argparse
+import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 from embgemma import outputs, process
 from embgemma.commands.embedding import evaluation_entries
 from embgemma.commands.messages import say
-from embgemma.errors import ConfigError
+from embgemma.errors import ConfigError, DataError
+from embgemma.evaluation import benchmark_scores
 
 _MAPPED_TEXTS = 300  # of each set
 
@@ -26,17 +28,56 @@ def run_report(options: argparse.Namespace) -> None:
   output = pathlib.Path(options.output)
   if output.is_dir() or output.suffix != ".html":
     raise ConfigError(f"--output={output}: give the path of an .html file")
+  if not (options.directories or options.benchmark):
+    raise ConfigError("nothing to report: give DIR …, or --benchmark and --results")
+  if bool(options.benchmark) != bool(options.results):
+    raise ConfigError("--benchmark=NAME and --results=DIR go together")
+  if options.csv and not options.benchmark:
+    raise ConfigError("--csv is of a --benchmark")
+  scores, types = _benchmark(options) if options.benchmark else ({}, {})
   found = records.read(options.directories)
   places = {}
   if options.map:
     places = page.principal_components(_vectors(options.checkpoint, options.map))
-  title = options.title or pathlib.Path(options.directories[0]).resolve().name
-  made = page.page(found, title, places)
+  title = options.title or options.benchmark
+  if options.directories and not options.title:
+    title = pathlib.Path(options.directories[0]).resolve().name
+  made = page.page(found, title, places, options.benchmark or "", scores, types)
   for path, text in ((output, made.html()), (options.markdown, made.markdown())):
     if path:
       with outputs.new_file(pathlib.Path(path)) as file:
         file.write(text.encode())
       say(str(path))
+  if options.csv:
+    rows = io.StringIO(newline="")
+    benchmark_scores.write_table(rows, options.benchmark, scores, types)
+    with outputs.new_file(pathlib.Path(options.csv)) as file:
+      file.write(rows.getvalue().encode())
+    say(options.csv)
+
+
+def _benchmark(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
+  """Scores by model, and types by task."""
+  try:
+    from embgemma.evaluation import mteb_runner
+
+    tasks = mteb_runner.tasks(options.benchmark, (), ())
+  except ModuleNotFoundError as error:
+    raise ConfigError(
+      f"--benchmark needs {error.name}: pip install 'embgemma[eval]'"
+    ) from error
+  types = {task.metadata.name: task.metadata.type for task in tasks}
+  scores: dict[str, Any] = {}
+  for path in map(pathlib.Path, options.results):
+    if path.suffix == ".csv":
+      scores |= benchmark_scores.read_table(path, options.benchmark)
+    else:
+      scores |= benchmark_scores.read_results([path], tasks)
+  if not scores:
+    raise DataError(
+      f"{', '.join(options.results)}: no whole result of a task of {options.benchmark}"
+    )
+  return scores, types
 
 
 def _vectors(checkpoint: str, data: Sequence[str]) -> Mapping[str, Any]:

@@ -5,11 +5,12 @@ mean of its main score over splits and subsets; means are undefined where a task
 missing; Borda counts give a missing task no points.
 """
 
+import csv
 import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from embgemma.errors import DataError
 from embgemma.evaluation.report import MISSING
 
 Scores = Mapping[str, float]  # by task, in 0..1
-_META = "model_meta.json"
+_COLUMNS = ("benchmark", "task", "type")
 _EXPERIMENTS = "experiments"
 
 
@@ -124,6 +125,50 @@ def read_results(
     name if names.count(name) == 1 else f"{name} @{revision[:8]}": scores
     for (name, revision), scores in found.items()
   }
+
+
+def read_table(path: pathlib.Path, benchmark: str) -> dict[str, dict[str, float]]:
+  """Scores by model from a CSV: benchmark, task, type, then a column of each model.
+
+  Args:
+    path: As `write_table` writes it, in percent; docs/paper_results.csv is one.
+    benchmark: Whose rows are read.
+
+  Raises:
+    DataError: it is no such table.
+  """
+  try:
+    with path.open(encoding="utf-8", newline="") as file:
+      rows = list(csv.DictReader(file))
+  except (OSError, UnicodeDecodeError, csv.Error) as error:
+    raise DataError(f"{path}: cannot be read: {error}") from error
+  found: dict[str, dict[str, float]] = {}
+  for number, row in enumerate(rows, 2):
+    if not set(_COLUMNS) <= row.keys():
+      raise DataError(f"{path}: needs the columns {', '.join(_COLUMNS)}, and models'")
+    if row["benchmark"] != benchmark:
+      continue
+    for name in [name for name in row if name not in _COLUMNS and row[name]]:
+      try:
+        found.setdefault(name, {})[row["task"]] = float(row[name]) / 100
+      except (TypeError, ValueError) as error:
+        raise DataError(f"{path}:{number}: {name} is {row[name]!r}") from error
+  return found
+
+
+def write_table(
+  file: IO[str],
+  benchmark: str,
+  models: Mapping[str, Scores],
+  types: Mapping[str, str],
+) -> None:
+  """Writes what `read_table` reads, with two digits of percent."""
+  writer = csv.writer(file, lineterminator="\n")
+  writer.writerow([*_COLUMNS, *models])
+  for task, kind in types.items():
+    scores = (scores.get(task) for scores in models.values())
+    cells = ("" if score is None else percent(score) for score in scores)
+    writer.writerow([benchmark, task, kind, *cells])
 
 
 def _model(place: pathlib.Path) -> tuple[str, str]:

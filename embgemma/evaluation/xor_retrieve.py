@@ -1,6 +1,6 @@
 """XOR-Retrieve: questions in seven languages, answers in English passages.
 
-Asai et al., arXiv 2010.11856, as its evaluation script (AkariAsai/XORQA) scores: recall
+Of arXiv 2010.11856, as its evaluation script (AkariAsai/XORQA) scores: recall
 of an answer in the first 2,000 and 5,000 tokens of what was retrieved.
 """
 

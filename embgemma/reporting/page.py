@@ -9,13 +9,15 @@ import itertools
 import math
 import re
 import shlex
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from embgemma.evaluation import report
+from embgemma.evaluation import benchmark_scores, report
+from embgemma.evaluation.benchmark_scores import Scores
 from embgemma.evaluation.suite import (
   LOSS,
   MAIN_METRICS,
@@ -146,16 +148,27 @@ class Page:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def page(records: Records, title: str, places: Mapping[str, np.ndarray]) -> Page:
+def page(
+  records: Records,
+  title: str,
+  places: Mapping[str, np.ndarray],
+  benchmark: str = "",
+  scores: Mapping[str, Scores] = types.MappingProxyType({}),
+  kinds: Mapping[str, str] = types.MappingProxyType({}),
+) -> Page:
   """The report of what was read.
 
   Args:
     records: As of `records.read`.
     title: Of the page.
     places: Of a map of texts, [N, 2] by set; {} is none.
+    benchmark: Name of a benchmark, if any.
+    scores: In it, by model and task.
+    kinds: Of its tasks.
   """
   results = final_results(records)
   sections = [
+    *_benchmark_sections(benchmark, scores, kinds),
     *_recipe_section(records),
     *_seeds_section(results),
     *_results_sections(results),
@@ -187,6 +200,29 @@ def page(records: Records, title: str, places: Mapping[str, np.ndarray]) -> Page
   versions = [run.system["versions"] for run in records.runs if run.system]
   subtitle = ", ".join(f"{k} {v}" for k, v in versions[-1].items()) if versions else ""
   return Page(title, subtitle, cards, sections)
+
+
+def _benchmark_sections(
+  benchmark: str, scores: Mapping[str, Scores], kinds: Mapping[str, str]
+) -> list[Section]:
+  if not scores:
+    return []
+  found = benchmark_scores.standings(scores, kinds)
+  sections = []
+  for title, (heads, rows), first, text in (
+    (
+      benchmark,
+      benchmark_scores.standings_table(found, kinds),
+      1,
+      "Means over tasks, over types of tasks, and of each type, in percent; rank by "
+      "Borda count among these models. Without one of its tasks a mean is not there.",
+    ),
+    (f"{benchmark}: tasks", benchmark_scores.tasks_table(scores, kinds), 2, ""),
+  ):
+    numbers = frozenset(range(first, len(heads)))
+    table = Table(heads, rows, numbers=numbers)
+    sections.append(Section(title, [text] if text else [], [table], wide=True))
+  return sections
 
 
 def _of_embedder(results: TaskResults) -> bool:

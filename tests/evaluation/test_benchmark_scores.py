@@ -1,6 +1,8 @@
 """Aggregates by hand, and against mteb's own."""
 
+import csv
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -131,7 +133,43 @@ def test_a_result_without_a_subset_is_missing(tasks, tmp_path):
     benchmark_scores.read_results([tmp_path / "none"], tasks)
 
 
-def test_tables(tasks):
+@pytest.mark.parametrize(
+  ("benchmark", "mean_task", "mean_type", "count"),
+  [
+    ("MTEB(Multilingual, v2)", 61.15, 54.31, 131),
+    ("MTEB(eng, v2)", 69.67, 65.11, 41),
+    ("MTEB(Code, v1)", 68.76, 68.76, 12),
+  ],
+)
+def test_the_papers_means(benchmark, mean_task, mean_type, count):
+  """Of Tables 5 and 6 of arXiv 2509.20354, from the scores of tasks."""
+  path = pathlib.Path(__file__).parents[2] / "docs" / "paper_results.csv"
+  models = benchmark_scores.read_table(path, benchmark)
+  with path.open() as file:
+    rows = [row for row in csv.DictReader(file) if row["benchmark"] == benchmark]
+  types = {row["task"]: row["type"] for row in rows}
+  assert len(types) == count
+  found = standings(models, types)["EmbeddingGemma"]
+  assert 100 * found.mean_task == pytest.approx(mean_task, abs=0.005)
+  assert 100 * found.mean_type == pytest.approx(mean_type, abs=0.005)
+
+
+def test_tables_come_back(tmp_path):
+  models = {"x": {"a": 0.5, "b": 0.25, "c": 1.0}, "y": {"a": 0.75}}
+  path = tmp_path / "table.csv"
+  with path.open("w", newline="") as file:
+    benchmark_scores.write_table(file, "B, v1", models, TYPES)
+  assert benchmark_scores.read_table(path, "B, v1") == models
+  assert benchmark_scores.read_table(path, "other") == {}
+  path.write_text("benchmark,task,type,m\nB,t,STS,high\n")
+  with pytest.raises(DataError, match=r"table.csv:2: m is 'high'"):
+    benchmark_scores.read_table(path, "B")
+  path.write_text("task,m\nt,1\n")
+  with pytest.raises(DataError, match="needs the columns benchmark, task, type"):
+    benchmark_scores.read_table(path, "B")
+
+
+def test_tables():
   models = {"x": {"a": 0.5, "b": 0.25, "c": 1.0}, "y": {"a": 0.75}}
   heads, rows = benchmark_scores.standings_table(standings(models, TYPES), TYPES)
   assert heads[3:7] == ["Mean(Task)", "Mean(Type)", "STS", "Retrieval"]
