@@ -12,7 +12,7 @@ from embgemma.commands.messages import say
 from embgemma.errors import ConfigError, DataError
 from embgemma.evaluation import benchmark_scores
 
-_MAPPED_TEXTS = 300  # of each set
+_MAPPED_TEXTS = 300  # of each set, in the picture
 
 
 def run_report(options: argparse.Namespace) -> None:
@@ -36,13 +36,13 @@ def run_report(options: argparse.Namespace) -> None:
     raise ConfigError("--csv is of a --benchmark")
   scores, types = _benchmark(options) if options.benchmark else ({}, {})
   found = records.read(options.directories)
-  places = {}
-  if options.map:
-    places = page.principal_components(_vectors(options.checkpoint, options.map))
+  spaces = _spaces(options.checkpoint, options.map) if options.map else {}
+  drawn = {name: space.documents[:_MAPPED_TEXTS] for name, space in spaces.items()}
+  places = page.principal_components(drawn) if drawn else {}
   title = options.title or options.benchmark
   if options.directories and not options.title:
     title = pathlib.Path(options.directories[0]).resolve().name
-  made = page.page(found, title, places, options.benchmark or "", scores, types)
+  made = page.page(found, title, places, spaces, options.benchmark or "", scores, types)
   for path, text in ((output, made.html()), (options.markdown, made.markdown())):
     if path:
       with outputs.new_file(pathlib.Path(path)) as file:
@@ -80,20 +80,21 @@ def _benchmark(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, s
   return scores, types
 
 
-def _vectors(checkpoint: str, data: Sequence[str]) -> Mapping[str, Any]:
-  """Of the first documents of each set."""
+def _spaces(checkpoint: str, data: Sequence[str]) -> Mapping[str, Any]:
+  """Queries and documents of each set, as far as they are looked at."""
   from embgemma.evaluation import suite
   from embgemma.evaluation.retrieval import RetrievalEvaluator
   from embgemma.inference.embedder import CheckpointEmbedder
+  from embgemma.reporting.spaces import Space
 
   process.keep_compilations()
   embedder = CheckpointEmbedder(checkpoint)
-  vectors = {}
+  spaces = {}
   for each in suite.evaluators(evaluation_entries(data), (1,)):
     if not isinstance(each, RetrievalEvaluator):
       raise ConfigError(
         f"--map: {each.name} is no retrieval set; only those have texts"
       )
     each.check()
-    vectors[each.name] = embedder.encode(each.passages[:_MAPPED_TEXTS])
-  return vectors
+    spaces[each.name] = Space.of(each, embedder.encode)
+  return spaces

@@ -28,6 +28,7 @@ from embgemma.evaluation.suite import (
 from embgemma.models.config import VECTOR_FORMATS
 from embgemma.reporting import charts
 from embgemma.reporting.records import Curve, Records, Run, Search
+from embgemma.reporting.spaces import Space
 from embgemma.training.progress import duration
 
 _KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
@@ -152,6 +153,7 @@ def page(
   records: Records,
   title: str,
   places: Mapping[str, np.ndarray],
+  spaces: Mapping[str, Space] = types.MappingProxyType({}),
   benchmark: str = "",
   scores: Mapping[str, Scores] = types.MappingProxyType({}),
   kinds: Mapping[str, str] = types.MappingProxyType({}),
@@ -162,6 +164,7 @@ def page(
     records: As of `records.read`.
     title: Of the page.
     places: Of a map of texts, [N, 2] by set; {} is none.
+    spaces: Of sets of texts, for numbers and neighbours.
     benchmark: Name of a benchmark, if any.
     scores: In it, by model and task.
     kinds: Of its tasks.
@@ -174,6 +177,7 @@ def page(
     *_results_sections(results),
     *(_search_section(search) for search in records.searches),
     *_map_section(places),
+    *_spaces_section(spaces),
     *(_run_section(run) for run in records.runs if run.curves),
     *_ingredients_section(records),
   ]
@@ -186,7 +190,7 @@ def page(
   scored = {
     name: mean_score(of)
     for name, of in results.items()
-    if name != "BM25" and _of_embedder(of)
+    if name != "BM25" and _of_embedder(of) and main_scores(of)
   }
   if scored:
     # Means of other tasks are no rivals.
@@ -226,9 +230,8 @@ def _benchmark_sections(
 
 
 def _of_embedder(results: TaskResults) -> bool:
-  """Whether results are an embedder's, with a mean score."""
-  losses = any(LOSS in metrics for metrics in results.values())
-  return not losses and bool(main_scores(results))
+  """Whether results are an embedder's."""
+  return bool(results) and not any(LOSS in metrics for metrics in results.values())
 
 
 def final_results(records: Records) -> dict[str, TaskResults]:
@@ -298,7 +301,7 @@ def _seeds_section(results: Mapping[str, TaskResults]) -> list[Section]:
   """Means of models that differ in their seed alone."""
   arms: dict[str, list[TaskResults]] = {}
   for name, of in results.items():
-    if _SEED.search(name) and _of_embedder(of):
+    if _SEED.search(name) and _of_embedder(of) and main_scores(of):
       arms.setdefault(_SEED.sub("", name), []).append(of)
   arms = {name: seeds for name, seeds in arms.items() if len(seeds) > 1}
   if not arms:
@@ -411,6 +414,30 @@ def _map_section(places: Mapping[str, np.ndarray]) -> list[Section]:
   count = sum(map(len, places.values()))
   text = f"{count:,} held-out texts by their first two principal components."
   return [Section("Map", [text], charts=[charts.scatter("Texts", places)], wide=True)]
+
+
+def _spaces_section(spaces: Mapping[str, Space]) -> list[Section]:
+  known = {name: space for name, space in spaces.items() if len(space.documents) > 1}
+  if not known:
+    return []
+  numbers = {name: dataclasses.asdict(of.numbers()) for name, of in known.items()}
+  names = list(next(iter(numbers.values())))
+  table = Table(
+    ["set", *(name.replace("_", " ") for name in names)],
+    [[name, *(f"{of[key]:.3f}" for key in names)] for name, of in numbers.items()],
+    numbers=frozenset(range(1, len(names) + 1)),
+  )
+  text = (
+    "Alignment: mean squared distance of a query and its document. Uniformity: log of "
+    "the mean of exp(-2 d²) over pairs of documents; lower is more even. Anisotropy: "
+    "their mean cosine. "
+    "Effective rank: directions in use. Hubness: skewness of how often a document is "
+    "among the ten nearest; length bias: its correlation with length."
+  )
+  details = [
+    Detail(f"nearest documents ({n})", of.neighbours()) for n, of in known.items()
+  ]
+  return [Section("Spaces", [text], [table], details=details, wide=True)]
 
 
 def _run_section(run: Run) -> Section:

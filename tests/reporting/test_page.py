@@ -9,6 +9,7 @@ from sklearn.decomposition import PCA
 
 from embgemma.errors import DataError
 from embgemma.reporting import page, records
+from embgemma.reporting.spaces import Space
 from embgemma.training.metric_writers import EventWriter
 
 
@@ -223,3 +224,37 @@ def test_damaged_files_are_named(make_run):
   (run / "evaluations.json").write_text("{")
   with pytest.raises(DataError, match=r"evaluations.json: damaged"):
     made(run)
+
+
+def test_vectors_of_other_formats_alone(tmp_path):
+  """An evaluation without float32 has no mean score, and its rows are there."""
+  path = tmp_path / "results.json"
+  path.write_text(json.dumps({"m": {"a": {"ndcg@10 (int8)/16": 0.5}}}))
+  text = made(path).markdown()
+  assert "| a | ndcg@10 (int8) | 16 | 50.00 |" in text
+  assert "best mean score" not in text
+
+
+def test_a_benchmark():
+  scores = {"x": {"a": 0.5, "b": 0.7}, "y": {"a": 0.6}}
+  kinds = {"a": "STS", "b": "Retrieval"}
+  shown = page.page(
+    records.read([]), "title", {}, benchmark="B", scores=scores, kinds=kinds
+  )
+  text = shown.markdown()
+  assert "| x | 1 | 1 | 60.00 | 60.00 | 50.00 | 70.00 |  |" in text
+  assert "| b | Retrieval | 70.00 | – |" in text
+  assert "<table" in shown.html()
+
+
+def test_spaces():
+  """Numbers of sets, and for each query what lies next to it."""
+  vectors = np.eye(12, 16, dtype=np.float32)
+  texts = [f"document {i}" for i in range(12)]
+  queries = [f"query {i}" for i in range(3)]
+  space = Space(vectors[:3], vectors, queries, texts, np.array([0, 1, 5]))
+  shown = page.page(records.read([]), "title", {}, {"set": space})
+  assert "| set | 0.667 | -4.000 | 0.000 | 12.000 |" in shown.markdown()
+  html = shown.html()
+  assert "1.000 * document 0" in html
+  assert "1.000   document 2" in html

@@ -1,0 +1,102 @@
+"""What a space of vectors is like: spread, directions in use, hubs, bias of length."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from embgemma.evaluation.exact_search import search
+
+_PAIRS = 4_000_000  # of which pairwise numbers are means
+_NEIGHBOURS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """Numbers of a set of queries and their documents.
+
+  Attributes:
+    alignment: Mean squared distance of a query and its document (Wang and Isola, 2020,
+      arXiv 2005.10242, with exponent 2); lower is closer.
+    uniformity: Log of the mean of exp(-2 d^2) over pairs of documents (the same);
+      lower is more even.
+    anisotropy: Mean cosine of pairs of documents; 0 for an even space.
+    effective_rank: exp of the entropy of the normalised singular values of the
+      documents (Roy and Vetterli, 2007): directions in use, at most the width.
+    hubness: Skewness of how often a document is among the ten nearest of the queries
+      (Radovanovic et al., 2010); 0 without hubs.
+    length_bias: Spearman's correlation of that number and documents' lengths.
+  """
+
+  alignment: float
+  uniformity: float
+  anisotropy: float
+  effective_rank: float
+  hubness: float
+  length_bias: float
+
+
+def analyse(
+  queries: Float[np.ndarray, "Q E"],
+  documents: Float[np.ndarray, "N E"],
+  relevant: Int[np.ndarray, " Q"],
+  lengths: Sequence[int],
+) -> Space:
+  """Numbers of a space.
+
+  Args:
+    queries: Unit vectors.
+    documents: Unit vectors, two at least.
+    relevant: Index of a document that belongs to each query.
+    lengths: Of the documents, in characters.
+
+  Raises:
+    ValueError: fewer than two documents.
+  """
+  from embgemma.evaluation.metrics import spearman
+
+  if len(documents) < 2:
+    raise ValueError("a space needs two documents at least")
+  aligned = np.sum((queries - documents[relevant]) ** 2, axis=1)
+  cosines = _pair_cosines(documents)
+  _, nearest = search(queries, documents, _NEIGHBOURS)
+  counts = np.bincount(nearest.ravel(), minlength=len(documents)).astype(float)
+  return Space(
+    alignment=float(aligned.mean()),
+    uniformity=float(np.log(np.mean(np.exp(-2 * (2 - 2 * cosines))))),
+    anisotropy=float(cosines.mean()),
+    effective_rank=effective_rank(documents),
+    hubness=skewness(counts),
+    length_bias=spearman(counts, np.asarray(lengths, float)),
+  )
+
+
+def effective_rank(vectors: Float[np.ndarray, "N E"]) -> float:
+  """exp of the entropy of singular values as shares of their sum."""
+  values = np.linalg.svd(vectors.astype(np.float64), compute_uv=False)
+  shares = values[values > 0] / values.sum()
+  return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def skewness(values: Float[np.ndarray, " N"]) -> float:
+  """Third standardized moment; 0 where all are equal."""
+  apart = values - values.mean()
+  deviation = float(np.sqrt(np.mean(apart**2)))
+  return float(np.mean(apart**3)) / deviation**3 if deviation else 0.0
+
+
+def _pair_cosines(vectors: Float[np.ndarray, "N E"]) -> Float[np.ndarray, " P"]:
+  """Of all pairs of different vectors, or of as many drawn at random."""
+  count = len(vectors)
+  if count * (count - 1) // 2 <= _PAIRS:
+    rows, columns = np.triu_indices(count, 1)
+  else:
+    generator = np.random.default_rng(0)
+    rows = generator.integers(count, size=_PAIRS)
+    columns = (rows + generator.integers(1, count, size=_PAIRS)) % count
+  parts = [
+    np.sum(vectors[rows[i : i + 65_536]] * vectors[columns[i : i + 65_536]], axis=1)
+    for i in range(0, len(rows), 65_536)
+  ]
+  return np.concatenate(parts).astype(np.float64)

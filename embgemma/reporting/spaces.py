@@ -1,0 +1,94 @@
+"""A set's queries and documents as vectors, for numbers and for looking at."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from embgemma.evaluation import analysis
+from embgemma.evaluation.exact_search import search
+from embgemma.evaluation.retrieval import RetrievalEvaluator
+from embgemma.typing import Float
+
+_QUERIES, _DOCUMENTS = 300, 5_000  # embedded of a set
+_SHOWN, _NEIGHBOURS, _LETTERS = 25, 5, 160
+Encode = Callable[[Sequence[str]], Float[np.ndarray, "N E"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """The first queries of a set, their documents, and others.
+
+  Attributes:
+    queries: Unit vectors [Q, E].
+    documents: Unit vectors [N, E]; the relevant ones first.
+    query_texts: Of the queries, without prompts.
+    document_texts: Of the documents, likewise.
+    relevant: int [Q], a document of each query.
+  """
+
+  queries: np.ndarray
+  documents: np.ndarray
+  query_texts: Sequence[str]
+  document_texts: Sequence[str]
+  relevant: np.ndarray
+
+  @classmethod
+  def of(cls, evaluator: RetrievalEvaluator, encode: Encode) -> "Space":
+    """Embeds what of a set is looked at.
+
+    Args:
+      evaluator: Of the set.
+      encode: Texts with prompts to unit vectors.
+    """
+    data = evaluator.collection
+    place = {name: index for index, name in enumerate(data.ids)}
+    asked = list(data.queries.items())[:_QUERIES]
+    best = [
+      max(data.qrels[name].items(), key=lambda item: item[1])[0] for name, _ in asked
+    ]
+    chosen = dict.fromkeys(place[name] for name in best)
+    for index in range(len(data.ids)):
+      if len(chosen) >= _DOCUMENTS:
+        break
+      chosen.setdefault(index)
+    rows = {index: row for row, index in enumerate(chosen)}
+    passages = evaluator.passages
+    prompts = evaluator.prompts
+    return cls(
+      queries=encode([prompts.format_query(text) for _, text in asked]),
+      documents=encode([passages[index] for index in rows]),
+      query_texts=[text for _, text in asked],
+      document_texts=[
+        f"{data.titles[index]}: {data.texts[index]}".removeprefix(": ")
+        for index in rows
+      ],
+      relevant=np.array([rows[place[name]] for name in best]),
+    )
+
+  def numbers(self) -> analysis.Space:
+    """What the space is like.
+
+    Raises:
+      ValueError: it has fewer than two documents.
+    """
+    lengths = [len(text) for text in self.document_texts]
+    return analysis.analyse(self.queries, self.documents, self.relevant, lengths)
+
+  def neighbours(self) -> str:
+    """The first queries, each with the documents nearest to it, as text."""
+    scores, found = search(self.queries[:_SHOWN], self.documents, _NEIGHBOURS)
+    lines = []
+    for row, text in enumerate(self.query_texts[:_SHOWN]):
+      lines.append(_short(text))
+      for score, index in zip(scores[row], found[row], strict=True):
+        mark = "*" if index == self.relevant[row] else " "
+        lines.append(f"  {score:.3f} {mark} {_short(self.document_texts[index])}")
+      lines.append("")
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+  """One line."""
+  text = " ".join(text.split())
+  return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
