@@ -142,7 +142,7 @@ def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
     if not separator or not name or not path:
       raise ConfigError(f"--data={item}: write NAME=PATH or NAME=PATH:KIND")
     head, colon, kind = path.rpartition(":")
-    if colon and head and head != "builtin" and "/" not in kind:
+    if colon and head and head not in ("builtin", "mteb") and "/" not in kind:
       entries[name] = {"path": head, "kind": kind}
     else:
       entries[name] = {"path": path}

@@ -8,6 +8,7 @@ keeps no other back.
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import inspect
 import logging
@@ -18,7 +19,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from embgemma.errors import ConfigError
+from embgemma.data.prompts import PROMPTS
+from embgemma.errors import ConfigError, DataError
 from embgemma.evaluation.mteb_encoder import (
   Encode,
   MtebEncoder,
@@ -225,8 +227,6 @@ def _evaluated(
   draws: "_Draws",
   cache: Any,
 ) -> TaskOutcome:
-  import mteb
-
   usual = min(TASK_LENGTHS.get(task.metadata.name, DEFAULT_LENGTH), model.max_length)
   experiment: dict[str, Any] = {}
   if width != model.full_width:
@@ -246,22 +246,87 @@ def _evaluated(
         if not task.data_loaded:
           task.load_data()  # once for all widths
         draws.restart(task)
-      result = mteb.evaluate(
-        encoder,
-        task,
-        co2_tracker=False,
-        cache=cache,
-        overwrite_strategy="only-missing",
-        encode_kwargs={"batch_size": BATCH, "show_progress_bar": False},
-        show_progress_bar=False,
-      )
-    (of_task,) = result.task_results
-    score = float(of_task.get_score())
+      score = _score(encoder, task, cache)
   except Exception as error:  # whatever a data set or its loader raises
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     return TaskOutcome(name, width, None, text, time.monotonic() - began, 0)
   seconds = 0.0 if whole else time.monotonic() - began
   return TaskOutcome(name, width, score, "", seconds, vectors.texts - embedded)
+
+
+def _score(encoder: MtebEncoder, task: Any, cache: Any) -> float:
+  """The mean of a task's main score over its splits and subsets."""
+  import mteb
+
+  result = mteb.evaluate(
+    encoder,
+    task,
+    co2_tracker=False,
+    cache=cache,
+    overwrite_strategy="only-missing",
+    encode_kwargs={"batch_size": BATCH, "show_progress_bar": False},
+    show_progress_bar=False,
+  )
+  (of_task,) = result.task_results
+  return float(of_task.get_score())
+
+
+@dataclasses.dataclass(frozen=True)
+class MtebEvaluator:
+  """A task of mteb's among the evaluations of a run.
+
+  Attributes:
+    name: The task's name in results.
+    task: Its name in mteb.
+    widths: Prefixes to cut; texts are embedded once for all of them.
+  """
+
+  name: str
+  task: str
+  widths: Sequence[int]
+
+  @functools.cached_property
+  def _loaded(self) -> tuple[Any, "_Draws"]:
+    """The task with its data, read once, and its samples.
+
+    Raises:
+      ConfigError: mteb has no such task, or is not installed.
+      DataError: its data cannot be read.
+    """
+    try:
+      (task,) = tasks(None, [self.task], ())
+    except ModuleNotFoundError as error:
+      raise ConfigError(
+        f"evaluation {self.name!r} needs {error.name}: pip install 'embgemma[eval]'"
+      ) from error
+    try:
+      with _quiet():
+        task.load_data()
+    except Exception as error:  # whatever a data set or its loader raises
+      raise DataError(
+        f"evaluation {self.name!r}: mteb cannot load {self.task}: {error}"
+      ) from error
+    return task, _Draws()
+
+  def check(self) -> None:
+    """Reads the data, so that a mistake shows before training starts.
+
+    Raises:
+      ConfigError, DataError: see above.
+    """
+    _ = self._loaded
+
+  def evaluate(self, encode: Encode) -> dict[str, float]:
+    """The main score at each width, by key such as "main_score/768"."""
+    vectors, found = StoredVectors(encode), {}
+    task, draws = self._loaded
+    for width in self.widths:
+      meta = model_meta("embgemma/run", "none", width, 0, {})
+      encoder = MtebEncoder(meta, vectors, width, PROMPTS)
+      with _quiet():
+        draws.restart(task)
+        found[f"main_score/{width}"] = _score(encoder, task, None)
+    return found
 
 
 class _Draws:

@@ -11,12 +11,14 @@ from embgemma.data import builtin_corpus
 from embgemma.data.prompts import TASK_PROMPTS
 from embgemma.errors import ConfigError, DataError
 from embgemma.evaluation.bm25 import bm25_metrics
+from embgemma.evaluation.mteb_runner import MtebEvaluator
 from embgemma.evaluation.retrieval import EncodeFn, RetrievalData, RetrievalEvaluator
 from embgemma.evaluation.sts import PairClassificationEvaluator, StsEvaluator
 
 BUILTIN = "builtin:"
+MTEB = "mteb:"
 # The metric that stands for a task in means and in keep-best.
-MAIN_METRICS = ("ndcg@10", "spearman", "average_precision")
+MAIN_METRICS = ("ndcg@10", "spearman", "average_precision", "main_score")
 LOSS = "loss"  # likewise, of pretrained stacks: the lower the better
 
 TaskResults = dict[str, dict[str, float]]
@@ -55,7 +57,8 @@ def evaluators(
 
   Args:
     entries: Name to a path, or to {"path": str, "kind"?: str}. The path is a folder
-      in the BEIR layout, a JSONL file of pairs, "builtin:TASK", or for the kinds
+      in the BEIR layout, a JSONL file of pairs, "builtin:TASK", "mteb:TASK" (mteb's
+      task of that name, with its own prompts and main score), or for the kinds
       "sts" and "pair_classification" a JSONL file of sentence pairs; any other kind
       picks the prompts of a retrieval task (default "search").
     widths: Matryoshka widths.
@@ -73,6 +76,11 @@ def evaluators(
         f"evaluation {name!r}: needs 'path' and takes 'kind', got {sorted(options)}"
       )
     path = options["path"]
+    if path.startswith(MTEB):
+      if "kind" in options:
+        raise ConfigError(f"evaluation {name!r}: a task of mteb's has its own kind")
+      made.append(MtebEvaluator(name, path.removeprefix(MTEB), widths))
+      continue
     builtin = path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else ""
     default = builtin_corpus.TASKS.get(builtin, "search")
     kind = options.get("kind", default)

@@ -1,5 +1,6 @@
 """`embgemma eval` through mteb: tasks of several types, widths, failures, resume."""
 
+import dataclasses
 import json
 import sys
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from embgemma import cli
+from embgemma.data import prompts
 from embgemma.errors import ConfigError
-from embgemma.evaluation import mteb_runner
+from embgemma.evaluation import mteb_runner, suite
 from embgemma.evaluation.mteb_encoder import MtebEncoder, StoredVectors
 from embgemma.evaluation.mteb_runner import BenchmarkModel
 
@@ -170,6 +172,30 @@ def test_data_on_the_disk_in_place_of_the_hub(tmp_path):
   assert chosen[0].dataset["test"]["sentence2"][1] == "d"
   with pytest.raises(ConfigError, match="no such directory"):
     mteb_runner.use_local_data(chosen, tmp_path / "none")
+
+
+def test_among_the_evaluations_of_a_run(tmp_path, monkeypatch):
+  """`mteb:TASK`: the score that the runner gives, at each width."""
+  import mteb
+
+  (own,) = mteb_runner.tasks(None, ["StdlibClustering"], ["stdlib_tasks"])
+  monkeypatch.setattr(mteb, "get_task", lambda name: type(own)())
+  (evaluator,) = suite.evaluators({"topics": "mteb:StdlibClustering"}, (16, 8))
+  evaluator.check()
+  found = evaluator.evaluate(Words())
+  again = evaluator.evaluate(Words())
+  assert found == again, "the same samples every time"
+  outcomes = mteb_runner.run(
+    dataclasses.replace(model(Words()), prompts=prompts.PROMPTS),
+    [own],
+    (16, 8),
+    tmp_path,
+    length=64,
+  )
+  assert found == {f"main_score/{each.width}": each.score for each in outcomes}
+  assert suite.main_scores({"topics": found}) == {"topics": outcomes[0].score}
+  with pytest.raises(ConfigError, match="has its own kind"):
+    suite.evaluators({"x": {"path": "mteb:STS12", "kind": "sts"}}, (16,))
 
 
 def test_the_command(trained, tmp_path, capsys):
