@@ -5,9 +5,10 @@ of an answer in the first 2,000 and 5,000 tokens of what was retrieved.
 """
 
 import dataclasses
+import functools
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -75,31 +76,43 @@ def tokens(text: str) -> list[str]:
   NLTK finds sentences with a model that it downloads (punkt_tab); without that, they
   end at a full stop, a question or an exclamation mark before a space.
   """
+  return _tokenizer()(text)
+
+
+@functools.cache
+def _tokenizer() -> Callable[[str], list[str]]:
   from nltk.tokenize import NLTKWordTokenizer, word_tokenize
 
   try:
-    return list(word_tokenize(text))
+    word_tokenize("Looks for its model. Once.")
+    return lambda text: list(word_tokenize(text))
   except LookupError:
     words = NLTKWordTokenizer()
+
+  def tokenize(text: str) -> list[str]:
     sentences = _SENTENCE_END.split(text)
     return [word for sentence in sentences for word in words.tokenize(sentence)]
 
+  return tokenize
 
-def has_answer(passages: Iterable[str], answers: Sequence[str], limit: int) -> bool:
+
+def has_answer(
+  passages: Iterable[str], answers: Sequence[str], limits: Sequence[int] = TOKENS
+) -> list[bool]:
   """Whether an answer is in the first tokens of ranked passages, laid end to end.
 
   Args:
     passages: From the best.
     answers: Any of which counts, letter by letter.
-    limit: Tokens.
+    limits: Tokens, of one result each.
   """
   read: list[str] = []
   for passage in passages:
     read += tokens(passage)
-    if len(read) >= limit:
+    if len(read) >= max(limits):
       break
-  text = " ".join(read[:limit])
-  return any(answer in text for answer in answers)
+  texts = [" ".join(read[:limit]) for limit in limits]
+  return [any(answer in text for answer in answers) for text in texts]
 
 
 def recalls(
@@ -114,14 +127,17 @@ def recalls(
   Returns:
     Keys are such as "recall@2kt" and "recall@2kt:ja".
   """
+  by_language: dict[str, list[list[bool]]] = {}
+  for question in questions:
+    found = has_answer(ranked.get(question.name, ()), question.answers)
+    by_language.setdefault(question.language, []).append(found)
   scores: dict[str, float] = {}
-  for limit in TOKENS:
+  for index, limit in enumerate(TOKENS):
     key = f"recall@{limit // 1000}kt"
-    by_language: dict[str, list[bool]] = {}
-    for question in questions:
-      found = has_answer(ranked.get(question.name, ()), question.answers, limit)
-      by_language.setdefault(question.language, []).append(found)
-    means = {name: float(np.mean(found)) for name, found in by_language.items()}
+    means = {
+      name: float(np.mean([of[index] for of in found]))
+      for name, found in by_language.items()
+    }
     scores[key] = float(np.mean(list(means.values())))
     scores |= {f"{key}:{language}": mean for language, mean in sorted(means.items())}
   return scores
@@ -188,7 +204,7 @@ class TopPassages:
       vectors: Of unit norm.
       passages: As many.
     """
-    scores, columns = search(self._queries, vectors, self._depth, len(vectors))
+    scores, columns = search(self._queries, vectors, self._depth)
     scores = np.concatenate([self._scores, scores], axis=1)
     numbers = np.concatenate([self._numbers, self._seen + columns], axis=1)
     # Stable: of equal scores the earlier passage stays first.

@@ -45,9 +45,9 @@ def test_recall_is_of_the_first_tokens():
 
 
 def test_answers_may_go_over_passages_and_tokens():
-  assert xor_retrieve.has_answer(["of New", "York City"], ["New York"], 10)
-  assert not xor_retrieve.has_answer(["of New", "York City"], ["New York"], 2)
-  assert not xor_retrieve.has_answer(["new york"], ["New York"], 10)
+  passages = ["of New", "York City"]
+  assert xor_retrieve.has_answer(passages, ["New York"], (2, 10)) == [False, True]
+  assert xor_retrieve.has_answer(["new york"], ["New York"], (10,)) == [False]
 
 
 def test_tokens_are_words_and_signs():
