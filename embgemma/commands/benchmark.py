@@ -27,7 +27,7 @@ def run_benchmark(options: argparse.Namespace) -> None:
 
   if not options.results:
     raise ConfigError("--results=DIR: where results go, in mteb's layout")
-  lengths = dict(TASK_LENGTHS) | _task_lengths(options.task_lengths)
+  wanted_lengths = _task_lengths(options.task_lengths)
   chosen = mteb_runner.tasks(
     options.benchmark, _names(options.tasks), _names(options.task_modules)
   )
@@ -52,12 +52,13 @@ def run_benchmark(options: argparse.Namespace) -> None:
     encoder=embedder.cut_at,
     titles=not options.joined_titles,
   )
+  lengths = {task: min(own, model.max_length) for task, own in TASK_LENGTHS.items()}
   outcomes = mteb_runner.run(
     model,
     chosen,
     widths,
     pathlib.Path(options.results),
-    task_lengths=lengths,
+    task_lengths=lengths | wanted_lengths,
     length=options.max_length or min(mteb_runner.DEFAULT_LENGTH, model.max_length),
     said=_say_outcome,
   )
