@@ -160,8 +160,8 @@ def cases(trained, exported, imported, tmp_path_factory) -> dict[str, tuple]:
     "no such tokenizer": (_flags("import", **hf, tokenizer="x.model"), "x.model"),
     "float16 gguf": (_flags("export", to="gguf", dtype="float16", **out), "65,504"),
     "float16 hf": (_flags("export", to="hf", dtype="float16", **out), "65,504"),
-    "q8_0 hf": (_flags("export", to="hf", dtype="q8_0", **out), "are of gguf and onnx"),
-    "length of gguf": (_flags("export", to="gguf", max_length=9, **out), "for hf"),
+    "q8_0 hf": (_flags("export", to="hf", dtype="q8_0", **out), "are of other formats"),
+    "length of gguf": (_flags("export", to="gguf", max_length=9, **out), "context's"),
     "too long": (_flags("export", to="hf", max_length=99999, **out), "99999"),
   }  # fmt: skip
 
