@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from embgemma.evaluation.exact_search import search
+from embgemma.evaluation.metrics import spearman
 
 _PAIRS = 4_000_000  # of which pairwise numbers are means
 _NEIGHBOURS = 10
@@ -54,8 +55,6 @@ def analyse(
   Raises:
     ValueError: fewer than two documents.
   """
-  from embgemma.evaluation.metrics import spearman
-
   if len(documents) < 2:
     raise ValueError("a space needs two documents at least")
   aligned = np.sum((queries - documents[relevant]) ** 2, axis=1)

@@ -9,16 +9,16 @@ import numpy as np
 from embgemma.data import prompts
 from embgemma.evaluation import xor_retrieve, xtreme_up
 from embgemma.evaluation.exact_search import search
+from embgemma.evaluation.retrieval import EncodeFn
 from embgemma.evaluation.suite import TaskResults
 from embgemma.losses.matryoshka import truncate
 from embgemma.typing import Float
 
 BLOCK = 50_000  # passages embedded and searched together
-Encode = Callable[[Sequence[str]], Float[np.ndarray, "N E"]]
 
 
 def evaluate_xor_retrieve(
-  encode: Encode,
+  encode: EncodeFn,
   task_prompts: prompts.TaskPrompts,
   widths: Sequence[int],
   questions: pathlib.Path,
@@ -61,7 +61,7 @@ def evaluate_xor_retrieve(
 
 
 def evaluate_xtreme_up(
-  encode: Encode,
+  encode: EncodeFn,
   task_prompts: prompts.TaskPrompts,
   widths: Sequence[int],
   directory: pathlib.Path,

@@ -6,16 +6,15 @@ mteb (the extra `eval`) is imported by the functions that need it.
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from embgemma.data import prompts
+from embgemma.evaluation.retrieval import EncodeFn
 from embgemma.losses.matryoshka import truncate
 from embgemma.typing import Float
-
-Encode = Callable[[Sequence[str]], Float[np.ndarray, "N E"]]
 
 
 class StoredVectors:
@@ -32,7 +31,7 @@ class StoredVectors:
     asked: For, in all.
   """
 
-  def __init__(self, encode: Encode):
+  def __init__(self, encode: EncodeFn):
     self._encode = encode
     self._rows: dict[bytes, int] = {}
     self._file = tempfile.TemporaryFile()  # noqa: SIM115 (ends with the object)
@@ -89,7 +88,7 @@ class MtebEncoder:
   """
 
   mteb_model_meta: Any
-  vectors: Encode
+  vectors: EncodeFn
   width: int
   model_prompts: Mapping[str, str]
   titles: bool = True

@@ -22,11 +22,11 @@ from typing import Any
 from embgemma.data.prompts import PROMPTS
 from embgemma.errors import ConfigError, DataError
 from embgemma.evaluation.mteb_encoder import (
-  Encode,
   MtebEncoder,
   StoredVectors,
   model_meta,
 )
+from embgemma.evaluation.retrieval import EncodeFn
 
 BATCH = 1024  # texts that mteb hands over at once; all of a call are packed together
 # The paper gives 512 tokens, and more to long ones, of which it names this.
@@ -53,7 +53,7 @@ class BenchmarkModel:
   full_width: int
   max_length: int
   prompts: Mapping[str, str]
-  encoder: Callable[[int], Encode]
+  encoder: Callable[[int], EncodeFn]
   titles: bool = True
 
 
@@ -202,7 +202,7 @@ def run(
     if not 1 <= width <= model.full_width:
       raise ConfigError(f"width {width} is not in 1..{model.full_width}, the model's")
   cache = mteb.ResultCache(results)
-  encoders: dict[int, Encode] = {}
+  encoders: dict[int, EncodeFn] = {}
   outcomes = []
   for task in chosen:
     tokens = task_lengths.get(task.metadata.name, length)
@@ -316,7 +316,7 @@ class MtebEvaluator:
     """
     _ = self._loaded
 
-  def evaluate(self, encode: Encode) -> dict[str, float]:
+  def evaluate(self, encode: EncodeFn) -> dict[str, float]:
     """The main score at each width, by key such as "main_score/768"."""
     vectors, found = StoredVectors(encode), {}
     task, draws = self._loaded

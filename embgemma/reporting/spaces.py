@@ -1,18 +1,16 @@
 """A set's queries and documents as vectors, for numbers and for looking at."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from embgemma.evaluation import analysis
 from embgemma.evaluation.exact_search import search
-from embgemma.evaluation.retrieval import RetrievalEvaluator
-from embgemma.typing import Float
+from embgemma.evaluation.retrieval import EncodeFn, RetrievalEvaluator
 
 _QUERIES, _DOCUMENTS = 300, 5_000  # embedded of a set
 _SHOWN, _NEIGHBOURS, _LETTERS = 25, 5, 160
-Encode = Callable[[Sequence[str]], Float[np.ndarray, "N E"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Space:
   relevant: np.ndarray
 
   @classmethod
-  def of(cls, evaluator: RetrievalEvaluator, encode: Encode) -> "Space":
+  def of(cls, evaluator: RetrievalEvaluator, encode: EncodeFn) -> "Space":
     """Embeds what of a set is looked at.
 
     Args:
