@@ -1,5 +1,8 @@
 """Errors that a user can mend. The command line prints them as one message."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class EmbgemmaError(Exception):
   """What is wrong, where (file and line, record, parameter path) and the remedy."""
@@ -27,3 +30,22 @@ class TrainingError(EmbgemmaError):
 
 class RecipeError(EmbgemmaError):
   """A recipe of which a stage failed."""
+
+
+@contextlib.contextmanager
+def of_extra(what: str, extra: str) -> Iterator[None]:
+  """A block that imports what an extra brings.
+
+  Args:
+    what: Needs it.
+    extra: Its name.
+
+  Raises:
+    ConfigError: a package is not there.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    raise ConfigError(
+      f"{what} needs {error.name}: pip install 'embgemma[{extra}]'"
+    ) from error

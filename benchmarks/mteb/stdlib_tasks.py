@@ -54,6 +54,17 @@ def _metadata(kind: Any, name: str, main_score: str) -> TaskMetadata:
   )
 
 
+def _train_and_test(texts: list[str], labels: list[Any]) -> DatasetDict:
+  """Every other one."""
+  halves = {"train": slice(0, None, 2), "test": slice(1, None, 2)}
+  return DatasetDict(
+    {
+      split: Dataset.from_dict({"text": texts[half], "label": labels[half]})
+      for split, half in halves.items()
+    }
+  )
+
+
 def _pairs() -> list[dict[str, str]]:
   """Summaries and what follows them, with the name of what is documented."""
   return list(builtin_corpus.examples("stdlib_docs", "validation"))[:_COUNT]
@@ -157,13 +168,7 @@ class StdlibClassification(AbsTaskClassification):
 
   def load_data(self, num_proc: int | None = None, **kwargs: Any) -> None:
     texts, labels = _by_module("train")
-    self.dataset = DatasetDict(
-      {
-        "train": Dataset.from_dict({"text": texts[::2], "label": labels[::2]}),
-        "test": Dataset.from_dict({"text": texts[1::2], "label": labels[1::2]}),
-      }
-    )
-    self.data_loaded = True
+    self.dataset, self.data_loaded = _train_and_test(texts, labels), True
 
 
 class StdlibMultilabelClassification(AbsTaskMultilabelClassification):
@@ -177,13 +182,7 @@ class StdlibMultilabelClassification(AbsTaskMultilabelClassification):
       if own and len(texts) < 4 * _COUNT:
         texts.append(text)
         labels.append(own)
-    self.dataset = DatasetDict(
-      {
-        "train": Dataset.from_dict({"text": texts[::2], "label": labels[::2]}),
-        "test": Dataset.from_dict({"text": texts[1::2], "label": labels[1::2]}),
-      }
-    )
-    self.data_loaded = True
+    self.dataset, self.data_loaded = _train_and_test(texts, labels), True
 
 
 class StdlibClustering(AbsTaskClustering):

@@ -7,18 +7,14 @@ import re
 from typing import Any
 
 from embgemma.commands.messages import say, say_notes
-from embgemma.errors import ConfigError, DataError
+from embgemma.errors import ConfigError, DataError, of_extra
 
 
 def run_benchmark(options: argparse.Namespace) -> None:
   """Writes results in mteb's layout, and prints them."""
   logging.getLogger("mteb").setLevel(logging.ERROR)
-  try:
+  with of_extra("`embgemma eval --benchmark`", "eval"):
     import mteb  # noqa: F401
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"`embgemma eval --benchmark` needs {error.name}: pip install 'embgemma[eval]'"
-    ) from error
   from rich.console import Console
 
   from embgemma import flags, process
@@ -160,12 +156,8 @@ def check_crosslingual(options: argparse.Namespace) -> None:
   if bool(options.xor_retrieve) != bool(options.corpus):
     raise ConfigError("--xor_retrieve=QUESTIONS and --corpus=PASSAGES go together")
   if options.xor_retrieve:
-    try:
+    with of_extra("--xor_retrieve", "eval"):
       import nltk  # noqa: F401
-    except ModuleNotFoundError as error:
-      raise ConfigError(
-        "--xor_retrieve counts tokens with nltk: pip install 'embgemma[eval]'"
-      ) from error
 
 
 def crosslingual_results(

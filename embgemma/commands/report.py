@@ -9,7 +9,7 @@ from typing import Any
 from embgemma import outputs, process
 from embgemma.commands.embedding import evaluation_entries
 from embgemma.commands.messages import say
-from embgemma.errors import ConfigError, DataError
+from embgemma.errors import ConfigError, DataError, of_extra
 from embgemma.evaluation import benchmark_scores
 
 _MAPPED_TEXTS = 300  # of each set, in the picture
@@ -17,12 +17,8 @@ _MAPPED_TEXTS = 300  # of each set, in the picture
 
 def run_report(options: argparse.Namespace) -> None:
   """Writes HTML, and Markdown if asked for."""
-  try:
+  with of_extra("`embgemma report`", "report"):
     from embgemma.reporting import page, records
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"`embgemma report` needs {error.name}: pip install 'embgemma[report]'"
-    ) from error
   if bool(options.map) != bool(options.checkpoint):
     raise ConfigError("--map=NAME=PATH[:KIND] and --checkpoint=DIR go together")
   output = pathlib.Path(options.output)
@@ -58,14 +54,10 @@ def run_report(options: argparse.Namespace) -> None:
 
 def _benchmark(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
   """Scores by model, and types by task."""
-  try:
-    from embgemma.evaluation import mteb_runner
+  from embgemma.evaluation import mteb_runner
 
+  with of_extra("--benchmark", "eval"):
     tasks = mteb_runner.tasks(options.benchmark, (), ())
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"--benchmark needs {error.name}: pip install 'embgemma[eval]'"
-    ) from error
   types = {task.metadata.name: task.metadata.type for task in tasks}
   scores: dict[str, Any] = {}
   for path in map(pathlib.Path, options.results):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from embgemma.commands.configuration import configure
 from embgemma.commands.messages import said_errors, say
 from embgemma.commands.training import ensure_cached
-from embgemma.errors import ConfigError
+from embgemma.errors import ConfigError, of_extra
 
 # What workers of one search may give differently.
 _OWN = ("SEARCH_DIR", "SEARCH_STORAGE", "CACHE_DIR", "PROPOSED_TRIALS", "EXPERTS")
@@ -35,14 +35,10 @@ def run_search(
   assert manifest is not None
   tasks = {task.name: task.rate for task in manifest.tasks}
   shares = search.members(tasks)
-  try:
+  with of_extra("`embgemma search`", "search"):
     from embgemma.mixture_search import results
     from embgemma.mixture_search.study import MixtureStudy, SearchPlan
     from embgemma.mixture_search.training import TrainingTrials
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"`embgemma search` needs {error.name}: pip install 'embgemma[search]'"
-    ) from error
   plan = SearchPlan(
     groups={g: sum(tasks[task] for task in of) for g, of in shares.items()},
     objectives=tuple(objectives),

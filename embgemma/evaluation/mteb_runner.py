@@ -11,22 +11,21 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import logging
 import os
 import pathlib
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from embgemma.data.prompts import PROMPTS
-from embgemma.errors import ConfigError, DataError
+from embgemma.errors import ConfigError, DataError, of_extra
 from embgemma.evaluation.mteb_encoder import (
   MtebEncoder,
   StoredVectors,
   model_meta,
 )
 from embgemma.evaluation.retrieval import EncodeFn
+from embgemma.quiet import quiet
 
 BATCH = 1024  # texts that mteb hands over at once; all of a call are packed together
 # The paper gives 512 tokens, and more to long ones, of which it names this.
@@ -293,12 +292,8 @@ class MtebEvaluator:
       ConfigError: mteb has no such task, or is not installed.
       DataError: its data cannot be read.
     """
-    try:
+    with of_extra(f"evaluation {self.name!r}", "eval"):
       (task,) = tasks(None, [self.task], ())
-    except ModuleNotFoundError as error:
-      raise ConfigError(
-        f"evaluation {self.name!r} needs {error.name}: pip install 'embgemma[eval]'"
-      ) from error
     try:
       with _quiet():
         task.load_data()
@@ -349,16 +344,5 @@ class _Draws:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Without what mteb and its data sets say of their progress."""
-  logging.disable(logging.WARNING)
-  bars = os.environ.get("TQDM_DISABLE")
-  os.environ["TQDM_DISABLE"] = "1"
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      yield
-  finally:
-    logging.disable(logging.NOTSET)
-    if bars is None:
-      del os.environ["TQDM_DISABLE"]
-    else:
-      os.environ["TQDM_DISABLE"] = bars
+  with open(os.devnull, "w") as null, contextlib.redirect_stderr(null), quiet():
+    yield

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from embgemma.errors import ConfigError
+from embgemma.errors import ConfigError, of_extra
 from embgemma.interop import torch_pipeline
 from embgemma.interop.model import Model
 from embgemma.interop.torch_pipeline import INPUTS, OUTPUT
@@ -32,15 +32,11 @@ def check_exportable(dtype: str) -> None:
   """
   if dtype not in DTYPES:
     raise ConfigError(f"--dtype={dtype}: onnx has {' and '.join(DTYPES)}")
-  try:
+  with of_extra("`embgemma export --to=onnx`", "onnx"):
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
     import sentence_transformers  # noqa: F401
-  except ModuleNotFoundError as error:
-    raise ConfigError(
-      f"`embgemma export --to=onnx` needs {error.name}: pip install 'embgemma[onnx]'"
-    ) from error
 
 
 def write(

@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import logging
 import pathlib
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from embgemma.interop import sentence_transformers_writer
 from embgemma.interop.model import Model
+from embgemma.quiet import quiet
 
 _MODULES = "modules.json"
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "sentence_embedding"
@@ -80,15 +79,3 @@ def loaded(model: Model, max_length: int, card: str) -> Iterator[Pipeline]:
       model_kwargs={"attn_implementation": "eager"},
     )
     yield Pipeline(Vectors(whole).eval(), files, notes)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-  """Without what exporters say about themselves."""
-  logging.disable(logging.WARNING)
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter("ignore")
-      yield
-  finally:
-    logging.disable(logging.NOTSET)
