@@ -8,6 +8,7 @@ from embgemma import flags, process
 from embgemma.commands import (
   data,
   embedding,
+  evaluation,
   models,
   recipe,
   report,
@@ -17,7 +18,7 @@ from embgemma.commands import (
 from embgemma.errors import ConfigError, EmbgemmaError
 
 _CONFIGURED = {
-  "eval": embedding.run_eval,
+  "eval": evaluation.run_eval,
   "cache": data.run_cache,
   "teach": data.run_teach,
   "mine": data.run_mine,

@@ -203,6 +203,12 @@ def parser() -> argparse.ArgumentParser:
     f"{', '.join(VECTOR_FORMATS)}; the best are rescored by the query's own",
   )
   evaluate.add_argument("--bm25", action="store_true", help="add BM25 beside it")
+  evaluate.add_argument(
+    "--against", metavar="DIR", help="another checkpoint, compared example by example"
+  )
+  evaluate.add_argument(
+    "--intervals", action="store_true", help="add bootstrap intervals over examples"
+  )
   evaluate.add_argument("--output", help="JSON file for the results")
   evaluate.add_argument("--max_length", type=int, help="tokens a text is cut to")
   evaluate.add_argument(

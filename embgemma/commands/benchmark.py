@@ -56,13 +56,14 @@ def run_benchmark(options: argparse.Namespace) -> None:
     pathlib.Path(options.results),
     task_lengths=lengths | wanted_lengths,
     length=options.max_length or min(mteb_runner.DEFAULT_LENGTH, model.max_length),
+    vectors=_names(options.vectors),
     said=_say_outcome,
   )
-  Console().print(_table(outcomes, chosen, widths))
+  Console().print(_table(outcomes, chosen))
   say(f"{model.name}, revision {model.revision}: {options.results}")
   failed = [each for each in outcomes if each.error]
   if failed:
-    lines = [f"  {each.task} (width {each.width}): {each.error}" for each in failed]
+    lines = [f"  {_named(each)}: {each.error}" for each in failed]
     raise DataError(
       f"{len(failed)} of {len(outcomes)} evaluations failed; the others are complete, "
       "and the same command does only these again:\n" + "\n".join(lines)
@@ -108,31 +109,34 @@ def _model_name(options: argparse.Namespace) -> str:
 
 def _say_outcome(outcome: Any) -> None:
   if outcome.error:
-    say(f"{outcome.task} (width {outcome.width}): failed: {outcome.error}")
+    say(f"{_named(outcome)}: failed: {outcome.error}")
   elif outcome.seconds:
     rate = outcome.texts / outcome.seconds
     texts = f", {outcome.texts:,} texts, {rate:,.0f}/s" if outcome.texts else ""
-    say(
-      f"{outcome.task} (width {outcome.width}): {100 * outcome.score:.2f}, "
-      f"{outcome.seconds:.1f} s{texts}"
-    )
+    say(f"{_named(outcome)}: {100 * outcome.score:.2f}, {outcome.seconds:.1f} s{texts}")
 
 
-def _table(outcomes: Any, chosen: Any, widths: Any) -> Any:
-  """Tasks by widths, with the benchmark's means."""
+def _named(outcome: Any) -> str:
+  return f"{outcome.task} ({_column(outcome)})"
+
+
+def _column(outcome: Any) -> str:
+  """Width, and what vectors are kept as."""
+  kept = "" if outcome.vectors == "float32" else f" {outcome.vectors}"
+  return f"width {outcome.width}{kept}"
+
+
+def _table(outcomes: Any, chosen: Any) -> Any:
+  """Tasks by widths and formats of vectors, with the benchmark's means."""
   from rich.table import Table
 
   from embgemma.evaluation import benchmark_scores
 
   types = {task.metadata.name: task.metadata.type for task in chosen}
-  models = {
-    f"{width}": {
-      each.task: each.score
-      for each in outcomes
-      if each.width == width and each.score is not None
-    }
-    for width in widths
-  }
+  models: dict[str, dict[str, float]] = {_column(each): {} for each in outcomes}
+  for each in outcomes:
+    if each.score is not None:
+      models[_column(each)][each.task] = each.score
   heads, rows = benchmark_scores.tasks_table(models, types)
   table = Table()
   for index, head in enumerate(heads):

@@ -1,19 +1,15 @@
-"""Commands that embed with a checkpoint: embed, eval."""
+"""The command that embeds texts."""
 
 import argparse
 import contextlib
 import itertools
-import json
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from embgemma import outputs, process
-from embgemma.commands import benchmark
-from embgemma.commands.configuration import configure
 from embgemma.commands.messages import say, say_notes
 from embgemma.errors import ConfigError, DataError
-from embgemma.models.config import VECTOR_FORMATS
 
 
 def _input_texts(options: argparse.Namespace, skipped: list[str]) -> Iterator[str]:
@@ -132,83 +128,3 @@ def run_embed(options: argparse.Namespace) -> None:
     say(f"skipped {len(skipped)} records:")
     for line in skipped[:MAX_LISTED_SKIPS]:
       say(f"  {line}")
-
-
-def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
-  """NAME=PATH[:KIND] as entries of `evaluation.suite.evaluators`."""
-  entries = {}
-  for item in data:
-    name, separator, path = item.partition("=")
-    if not separator or not name or not path:
-      raise ConfigError(f"--data={item}: write NAME=PATH or NAME=PATH:KIND")
-    head, colon, kind = path.rpartition(":")
-    if colon and head and head not in ("builtin", "mteb") and "/" not in kind:
-      entries[name] = {"path": head, "kind": kind}
-    else:
-      entries[name] = {"path": path}
-  return entries
-
-
-def _declared(options: argparse.Namespace, bindings: Sequence[str]) -> dict[str, Any]:
-  """EVALUATIONS of the gin files given, if there are any."""
-  if not options.gin_file and not bindings:
-    return {}
-  from embgemma import gin_config
-
-  configure(options, bindings)
-  return dict(gin_config.declared_data()["evaluations"])
-
-
-def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
-  """Prints how well a checkpoint does on evaluation data."""
-  if options.benchmark or options.tasks or options.task_modules:
-    if options.data or options.gin_file or bindings:
-      raise ConfigError(
-        "--benchmark, --tasks and --task_modules are mteb's; --data and EVALUATIONS of "
-        "gin are another command"
-      )
-    benchmark.run_benchmark(options)
-    return
-  from rich.console import Console
-
-  from embgemma.evaluation import suite
-  from embgemma.evaluation.report import results_table
-  from embgemma.inference.embedder import CheckpointEmbedder
-
-  entries = _declared(options, bindings) | evaluation_entries(options.data)
-  benchmark.check_crosslingual(options)
-  if not (entries or options.xor_retrieve or options.xtreme_up):
-    raise ConfigError(
-      "nothing to evaluate on: give --data=NAME=PATH[:KIND], a --gin_file with "
-      "EVALUATIONS, --benchmark, --xor_retrieve or --xtreme_up"
-    )
-  process.keep_compilations()
-  embedder = CheckpointEmbedder(
-    options.checkpoint, options.max_length, options.tokens_per_batch
-  )
-  say_notes(embedder.notes)
-  widths = embedder.description.embedder.matryoshka_widths
-  if options.widths:
-    try:
-      widths = tuple(int(width) for width in options.widths.split(","))
-    except ValueError as error:
-      raise ConfigError(f"--widths={options.widths}: write 768,128") from error
-  vectors = options.vectors.split(",")
-  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
-  if unknown:
-    raise ConfigError(
-      f"--vectors={options.vectors}: there are {', '.join(VECTOR_FORMATS)}, got "
-      f"{', '.join(unknown)}"
-    )
-  evaluators = suite.evaluators(entries, widths, vectors)
-  for evaluator in evaluators:
-    evaluator.check()
-  results = {e.name: e.evaluate(embedder.encode) for e in evaluators}
-  results |= benchmark.crosslingual_results(options, embedder, widths)
-  columns = {embedder.name: results}
-  if options.bm25:
-    columns["BM25"] = suite.bm25_results(evaluators)
-  if options.output:
-    with outputs.new_file(pathlib.Path(options.output)) as file:
-      file.write(json.dumps(columns, indent=1).encode() + b"\n")
-  Console().print(results_table(columns))

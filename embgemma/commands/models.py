@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from embgemma import flags, outputs, process
-from embgemma.commands.embedding import evaluation_entries
+from embgemma.commands.evaluation import evaluation_entries
 from embgemma.commands.messages import say, say_notes
 from embgemma.errors import ConfigError
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from embgemma import outputs, process
-from embgemma.commands.embedding import evaluation_entries
+from embgemma.commands.evaluation import evaluation_entries
 from embgemma.commands.messages import say
 from embgemma.errors import ConfigError, DataError, of_extra
 from embgemma.evaluation import benchmark_scores
@@ -19,6 +19,7 @@ def run_report(options: argparse.Namespace) -> None:
   """Writes HTML, and Markdown if asked for."""
   with of_extra("`embgemma report`", "report"):
     from embgemma.reporting import page, records
+    from embgemma.reporting.spaces import principal_components
   if bool(options.map) != bool(options.checkpoint):
     raise ConfigError("--map=NAME=PATH[:KIND] and --checkpoint=DIR go together")
   output = pathlib.Path(options.output)
@@ -34,7 +35,7 @@ def run_report(options: argparse.Namespace) -> None:
   found = records.read(options.directories)
   spaces = _spaces(options.checkpoint, options.map) if options.map else {}
   drawn = {name: space.documents[:_MAPPED_TEXTS] for name, space in spaces.items()}
-  places = page.principal_components(drawn) if drawn else {}
+  places = principal_components(drawn) if drawn else {}
   title = options.title or options.benchmark
   if options.directories and not options.title:
     title = pathlib.Path(options.directories[0]).resolve().name

@@ -253,12 +253,15 @@ class DataConfig(CachedData):
     avoid_duplicates: Whether no text shall be twice among the queries or the positives
       of a batch, nor an example where `Task.unique_ids` tell texts apart.
     teacher: Name of the vectors of `embgemma teach` to distil from.
+    one_shape: Whether the batches of a task share one shape, with room for nearly all
+      of them: fewer programs to compile, more padding. Results differ by rounding.
   """
 
   max_negatives: int = 1
   prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
   avoid_duplicates: bool = True
   teacher: str | None = None
+  one_shape: bool = False
 
   content = "pairs"
   _macro = "JSONL_TASKS = {'name': 'pairs.jsonl'}"

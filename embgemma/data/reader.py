@@ -133,6 +133,7 @@ class StepSource:
     microbatch_tokens: int | None = None,
     row_lengths: Sequence[int] = packing.ROW_LENGTHS,
     teachers: Sequence[TeacherVectors | None] | None = None,
+    one_shape: bool = False,
   ):
     shards.check(schedule.batch_size)
     self._schedule = schedule
@@ -148,6 +149,7 @@ class StepSource:
         microbatch_tokens,
         row_lengths,
         task.statistics["max_text_tokens"],
+        one_shape,
       )
       for index, task in enumerate(schedule.tasks)
     )

@@ -27,6 +27,7 @@ _ATTENTION_LENGTH = 1024
 _LEAST_SHARE = 1 / 16  # of all tokens, that makes a row length worth compiling
 _REAL_TOKENS = 0.95
 _WORTH_A_CLASS = 1.03
+_ROOM = 3  # standard deviations of a batch's tokens, of a plan of one shape
 _SAMPLE_TEXTS = 4096
 _SAMPLE_EXAMPLES = 4096
 _SAMPLE_SHARDS = 4
@@ -256,6 +257,7 @@ def plan_shapes(
   microbatch_tokens: int | None = None,
   row_lengths: Sequence[int] = ROW_LENGTHS,
   longest: int = 0,
+  one_shape: bool = False,
 ) -> ShapePlan:
   """The plan for batches of examples like those given; the same for the same.
 
@@ -269,6 +271,8 @@ def plan_shapes(
     microbatch_tokens: Token slots of one shard's microbatch; None is all at once.
     row_lengths: To choose from.
     longest: Tokens of the longest text there may be, if `lengths` is a sample.
+    one_shape: Whether the plan's least shape has room for nearly all batches, so that
+      one program is compiled and not four or so, with more padding.
 
   Raises:
     DataError: no row length holds the longest text.
@@ -283,7 +287,7 @@ def plan_shapes(
   for classes in _promising(trials, int(sample.sum())):
     short = _short_shapes(lengths, classes, batch_size // num_shards, microbatch_tokens)
     deviation = lengths.sum(axis=1).std() * math.sqrt(batch_size) / num_shards
-    plan = _plan(batches, short, classes[-1], deviation, microbatch_tokens)
+    plan = _plan(batches, short, classes[-1], deviation, microbatch_tokens, one_shape)
     kept = tuple(shape.length for shape in plan.typical)
     plans[kept] = plan
     costs[kept] = _Cost()
@@ -328,6 +332,7 @@ def _plan(
   length: int,
   deviation: float,
   microbatch_tokens: int | None,
+  one_shape: bool,
 ) -> ShapePlan:
   """The plan with these rows, its slots and longest rows as the batches need them.
 
@@ -337,6 +342,7 @@ def _plan(
     length: Of the longest rows.
     deviation: Of a shard's tokens.
     microbatch_tokens: See `ShapePlan`.
+    one_shape: See `plan_shapes`.
   """
   crowds = np.zeros(len(short) + 1)
   needed = []
@@ -351,6 +357,8 @@ def _plan(
       crowds = np.maximum(crowds, [*crowd, crowding(layout, microbatches) / rows])
     needed.append(most)
   typical = float(np.mean(needed))
+  if one_shape:
+    typical += _ROOM * deviation / length
   step = 1 << max(0, round(math.log2(max(deviation / length, 1))))
   return ShapePlan(
     short=tuple(
@@ -358,7 +366,11 @@ def _plan(
       for shape, crowd in zip(short, crowds[:-1], strict=True)
     ),
     length=length,
-    least_rows=multiple(max(1, typical - deviation / length), step),
+    least_rows=(
+      math.ceil(typical)
+      if one_shape
+      else multiple(max(1, typical - deviation / length), step)
+    ),
     step_rows=step,
     typical_rows=math.ceil(typical),
     crowding=1.1 * max(float(crowds[-1]), 1.0),

@@ -14,7 +14,7 @@ _NEIGHBOURS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Space:
+class Geometry:
   """Numbers of a set of queries and their documents.
 
   Attributes:
@@ -43,7 +43,7 @@ def analyse(
   documents: Float[np.ndarray, "N E"],
   relevant: Int[np.ndarray, " Q"],
   lengths: Sequence[int],
-) -> Space:
+) -> Geometry:
   """Numbers of a space.
 
   Args:
@@ -61,7 +61,7 @@ def analyse(
   cosines = _pair_cosines(documents)
   _, nearest = search(queries, documents, _NEIGHBOURS)
   counts = np.bincount(nearest.ravel(), minlength=len(documents)).astype(float)
-  return Space(
+  return Geometry(
     alignment=float(aligned.mean()),
     uniformity=float(np.log(np.mean(np.exp(-2 * (2 - 2 * cosines))))),
     anisotropy=float(cosines.mean()),

@@ -4,9 +4,7 @@ mteb (the extra `eval`) is imported by the functions that need it.
 """
 
 import dataclasses
-import hashlib
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,60 +15,7 @@ from embgemma.losses.matryoshka import truncate
 from embgemma.typing import Float
 
 
-class StoredVectors:
-  """Full-width vectors of the texts seen so far, so that none is embedded twice.
-
-  The widths of a task, and the repeats of its probes, ask for the same texts. Vectors
-  lie in a file without a name, which ends with the object.
-
-  Args:
-    encode: Texts to vectors of unit norm, float32.
-
-  Attributes:
-    texts: Embedded, each once.
-    asked: For, in all.
-  """
-
-  def __init__(self, encode: EncodeFn):
-    self._encode = encode
-    self._rows: dict[bytes, int] = {}
-    self._file = tempfile.TemporaryFile()  # noqa: SIM115 (ends with the object)
-    self._width = 0
-    self.asked = 0
-
-  @property
-  def texts(self) -> int:
-    return len(self._rows)
-
-  def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
-    """Vectors in the order of the texts."""
-    self.asked += len(texts)
-    keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
-    new: dict[bytes, str] = {}
-    for key, text in zip(keys, texts, strict=True):
-      if key not in self._rows:
-        new.setdefault(key, text)
-    if new:
-      vectors = np.ascontiguousarray(self._encode(list(new.values())), "<f4")
-      self._width = vectors.shape[1]
-      for key in new:
-        self._rows[key] = len(self._rows)
-      self._file.seek(0, 2)
-      self._file.write(vectors.tobytes())
-      self._file.flush()
-    if not keys:
-      return self._encode([])
-    kept = np.memmap(self._file, "<f4", mode="r", shape=(len(self._rows), self._width))
-    return np.asarray(kept[[self._rows[key] for key in keys]])
-
-  def clear(self) -> None:
-    """Forgets all texts: those of the next task are others."""
-    self._rows.clear()
-    self._file.seek(0)
-    self._file.truncate()
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class MtebEncoder:
   """mteb's `EncoderProtocol`: one model at one width.
 
@@ -125,20 +70,16 @@ class MtebEncoder:
     ]
 
   def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
-    """[N, M] inner products of unit vectors, a torch tensor."""
-    one, two = _tensors(embeddings1, embeddings2)
-    return one @ two.T
+    """[N, M] cosines, a torch tensor; codes of vectors have no unit norm."""
+    from mteb.similarity_functions import cos_sim
+
+    return cos_sim(embeddings1, embeddings2)
 
   def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
-    """[N] inner products, a torch tensor."""
-    one, two = _tensors(embeddings1, embeddings2)
-    return (one * two).sum(-1)
+    """[N] cosines, a torch tensor."""
+    from mteb.similarity_functions import pairwise_cos_sim
 
-
-def _tensors(*values: Any) -> list[Any]:
-  import torch
-
-  return [torch.atleast_2d(torch.as_tensor(value)) for value in values]
+    return pairwise_cos_sim(embeddings1, embeddings2)
 
 
 def model_meta(

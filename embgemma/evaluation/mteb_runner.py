@@ -19,18 +19,16 @@ from typing import Any
 
 from embgemma.data.prompts import PROMPTS
 from embgemma.errors import ConfigError, DataError, of_extra
-from embgemma.evaluation.mteb_encoder import (
-  MtebEncoder,
-  StoredVectors,
-  model_meta,
-)
+from embgemma.evaluation.mteb_encoder import MtebEncoder, model_meta
 from embgemma.evaluation.retrieval import EncodeFn
+from embgemma.evaluation.vector_cache import VectorCache
 from embgemma.quiet import quiet
 
 BATCH = 1024  # texts that mteb hands over at once; all of a call are packed together
 # The paper gives 512 tokens, and more to long ones, of which it names this.
 TASK_LENGTHS: Mapping[str, int] = {"LEMBPasskeyRetrieval": 2048}
 DEFAULT_LENGTH = 512
+VECTOR_FORMATS = ("float32", "float16", "int8", "uint8", "binary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +61,7 @@ class TaskOutcome:
   Attributes:
     task: Its name.
     width: Components kept.
+    vectors: Format in which they are kept.
     score: Mean of its main score over splits and subsets; None where it failed.
     error: Why it failed; "".
     seconds: That it took; 0 where the result was there.
@@ -71,6 +70,7 @@ class TaskOutcome:
 
   task: str
   width: int
+  vectors: str
   score: float | None
   error: str
   seconds: float
@@ -167,6 +167,7 @@ def run(
   widths: Sequence[int],
   results: pathlib.Path,
   *,
+  vectors: Sequence[str] = ("float32",),
   task_lengths: Mapping[str, int] = TASK_LENGTHS,
   length: int = DEFAULT_LENGTH,
   said: Callable[[TaskOutcome], None] = lambda outcome: None,
@@ -181,12 +182,14 @@ def run(
     chosen: mteb's tasks.
     widths: Components kept.
     results: Folder that gets `results/` in mteb's layout.
+    vectors: Formats in which vectors are kept, of VECTOR_FORMATS, as mteb's own
+      `CompressionWrapper` rounds them.
     task_lengths: Tokens after which texts of a task are cut.
     length: Those of all others.
     said: Called after each task at each width.
 
   Raises:
-    ConfigError: a length or width is beyond the model's.
+    ConfigError: a length or width is beyond the model's, or mteb has no such format.
   """
   import mteb
 
@@ -200,6 +203,11 @@ def run(
   for width in widths:
     if not 1 <= width <= model.full_width:
       raise ConfigError(f"width {width} is not in 1..{model.full_width}, the model's")
+  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
+  if unknown:
+    raise ConfigError(
+      f"vectors {', '.join(unknown)}: mteb has {', '.join(VECTOR_FORMATS)}"
+    )
   cache = mteb.ResultCache(results)
   encoders: dict[int, EncodeFn] = {}
   outcomes = []
@@ -207,11 +215,12 @@ def run(
     tokens = task_lengths.get(task.metadata.name, length)
     if tokens not in encoders:
       encoders[tokens] = model.encoder(tokens)
-    vectors, draws = StoredVectors(encoders[tokens]), _Draws()
+    texts, draws = VectorCache(encoders[tokens]), _Draws()
     for width in widths:
-      outcome = _evaluated(model, task, width, tokens, vectors, draws, cache)
-      outcomes.append(outcome)
-      said(outcome)
+      for kept in vectors:
+        outcome = _evaluated(model, task, width, kept, tokens, texts, draws, cache)
+        outcomes.append(outcome)
+        said(outcome)
     with contextlib.suppress(Exception):  # of a task that failed to load
       task.unload_data()
   return outcomes
@@ -221,8 +230,9 @@ def _evaluated(
   model: BenchmarkModel,
   task: Any,
   width: int,
+  kept: str,
   tokens: int,
-  vectors: StoredVectors,
+  vectors: VectorCache,
   draws: "_Draws",
   cache: Any,
 ) -> TaskOutcome:
@@ -235,7 +245,10 @@ def _evaluated(
   if not model.titles:
     experiment["titles"] = "joined"
   meta = model_meta(model.name, model.revision, width, tokens, experiment)
-  encoder = MtebEncoder(meta, vectors, width, model.prompts, model.titles)
+  encoder: Any = MtebEncoder(meta, vectors, width, model.prompts, model.titles)
+  if kept != "float32":
+    encoder = _compressed(encoder, kept)
+    meta = encoder.mteb_model_meta
   name, embedded, began = task.metadata.name, vectors.texts, time.monotonic()
   try:
     with _quiet():
@@ -248,12 +261,20 @@ def _evaluated(
       score = _score(encoder, task, cache)
   except Exception as error:  # whatever a data set or its loader raises
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    return TaskOutcome(name, width, None, text, time.monotonic() - began, 0)
+    return TaskOutcome(name, width, kept, None, text, time.monotonic() - began, 0)
   seconds = 0.0 if whole else time.monotonic() - began
-  return TaskOutcome(name, width, score, "", seconds, vectors.texts - embedded)
+  return TaskOutcome(name, width, kept, score, "", seconds, vectors.texts - embedded)
 
 
-def _score(encoder: MtebEncoder, task: Any, cache: Any) -> float:
+def _compressed(encoder: MtebEncoder, kept: str) -> Any:
+  """An encoder whose vectors mteb rounds."""
+  from mteb.models import CompressionWrapper
+  from mteb.types import OutputDType
+
+  return CompressionWrapper(encoder, OutputDType(kept))
+
+
+def _score(encoder: Any, task: Any, cache: Any) -> float:
   """The mean of a task's main score over its splits and subsets."""
   import mteb
 
@@ -313,7 +334,7 @@ class MtebEvaluator:
 
   def evaluate(self, encode: EncodeFn) -> dict[str, float]:
     """The main score at each width, by key such as "main_score/768"."""
-    vectors, found = StoredVectors(encode), {}
+    vectors, found = VectorCache(encode), {}
     task, draws = self._loaded
     for width in self.widths:
       meta = model_meta("embgemma/run", "none", width, 0, {})

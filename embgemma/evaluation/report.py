@@ -7,6 +7,9 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from embgemma.evaluation import statistics
+from embgemma.evaluation.statistics import Sample
+
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Column (run) to task to metric key to value; a key is such as "ndcg@10/768",
 "ndcg@10" or "loss/R_3_15"."""
@@ -137,3 +140,39 @@ def results_markdown(
   lines = [heads, ["---", "---", "---:", *("---:" for _ in results)], *rows]
   escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
   return "".join(f"| {' | '.join(cells)} |\n" for cells in escaped)
+
+
+def intervals_table(
+  metrics: Sequence[tuple[str, str]],
+  samples: Mapping[str, Sequence[Sample]],
+  width: int,
+) -> Table:
+  """Returns a table of scores with their 95% intervals, in percent.
+
+  Of two models also the second's gain over the first, its interval and its p-value.
+
+  Args:
+    metrics: Task and metric of each sample.
+    samples: By model, in the order of `metrics`.
+    width: Of the vectors, for the title.
+  """
+  table = Table(title=f"95 % intervals over examples, width {width}")
+  for label in (*_LABELS[:2], "examples"):
+    table.add_column(label)
+  heads = list(map(Text, samples))
+  compared = len(samples) == 2
+  for head in [*heads, *([Text("gain"), Text("p")] if compared else [])]:
+    table.add_column(head, justify="right")
+  for (task, metric), *own in zip(metrics, *samples.values(), strict=True):
+    cells = [_interval(statistics.bootstrap(sample)) for sample in own]
+    if compared:
+      found = statistics.compare(*own)
+      cells += [_interval(found.difference, "+"), f"{found.p_value:.4f}"]
+    examples = f"{len(own[0].values):,}"
+    table.add_row(Text(task), metric, examples, *map(Text, cells))
+  return table
+
+
+def _interval(found: statistics.Interval, sign: str = "") -> str:
+  score, low, high = (100 * each for each in (found.score, found.low, found.high))
+  return f"{score:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"

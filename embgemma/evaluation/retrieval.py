@@ -14,6 +14,7 @@ from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.prompts import TaskPrompts
 from embgemma.errors import ConfigError, DataError, TrainingError
 from embgemma.evaluation import metrics
+from embgemma.evaluation.statistics import Sample
 from embgemma.evaluation.stored_vectors import metric_key, search_kept
 
 EncodeFn = Callable[[Sequence[str]], np.ndarray]
@@ -357,26 +358,56 @@ class RetrievalEvaluator:
       ConfigError: settings that cannot work, or a width above the embedding's.
       TrainingError: an embedding is not finite.
     """
-    self.check()
+    queries, documents = self._embedded(encode)
     data = self.collection
-    # Queries are few: a bad width fails before the corpus is embedded.
-    texts = [self.prompts.format_query(text) for text in data.queries.values()]
-    queries = encode_checked(encode, texts, self.name, self.widths)
-    documents = encode_checked(encode, self.passages, self.name, self.widths)
     return {
       metric_key(key, name, width): value
       for name in self.vectors
       for width in self.widths
-      for key, value in self._at_width(queries, documents, width, name).items()
+      for key, value in ranking_metrics(
+        data,
+        self._rankings(queries, documents, width, name),
+        self.k,
+        self.recall_k,
+        self.by_language,
+      ).items()
     }
 
-  def _at_width(
+  @property
+  def main_metric(self) -> str:
+    """What `sample` is of."""
+    return f"ndcg@{self.k}"
+
+  def sample(self, encode: EncodeFn) -> Sample:
+    """nDCG@k of each query at the widest of the widths.
+
+    Raises:
+      DataError, ConfigError, TrainingError: see `evaluate`.
+    """
+    data, width = self.collection, max(self.widths)
+    rankings = self._rankings(*self._embedded(encode), width, "float32")
+    scores = [metrics.ndcg(rankings[q], data.qrels[q], self.k) for q in data.queries]
+    return Sample(np.array(scores))
+
+  def _embedded(
+    self, encode: EncodeFn
+  ) -> tuple[Float[np.ndarray, "Q E"], Float[np.ndarray, "N E"]]:
+    """Vectors of queries and documents."""
+    self.check()
+    # Queries are few: a bad width fails before the corpus is embedded.
+    texts = [
+      self.prompts.format_query(text) for text in self.collection.queries.values()
+    ]
+    queries = encode_checked(encode, texts, self.name, self.widths)
+    return queries, encode_checked(encode, self.passages, self.name, self.widths)
+
+  def _rankings(
     self,
     queries: Float[np.ndarray, "Q E"],
     documents: Float[np.ndarray, "N E"],
     width: int,
     name: str,
-  ) -> dict[str, float]:
+  ) -> Rankings:
     data, depth = self.collection, max(self.k, self.recall_k)
     # One more than needed, as a self-match may drop out.
     indices = search_kept(
@@ -386,5 +417,4 @@ class RetrievalEvaluator:
       query: [data.ids[i] for i in row]
       for query, row in zip(data.queries, indices, strict=True)
     }
-    rankings = without_self_matches(data, rankings)
-    return ranking_metrics(data, rankings, self.k, self.recall_k, self.by_language)
+    return without_self_matches(data, rankings)

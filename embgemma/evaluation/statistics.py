@@ -5,25 +5,57 @@ are repeats of another kind, and are shown as their range.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
 
-DRAWS = 10_000
-_CHUNK = 1 << 24  # numbers drawn at a time
+from embgemma.typing import Float, Int
+
+DRAWS = 2_000
+CONFIDENCE = 0.95
+
+Metric = Callable[[Float[np.ndarray, " N"], Int[np.ndarray, " N"]], float]
+"""From all examples' values, and the indices of those drawn, to a score."""
+
+
+def mean(values: Float[np.ndarray, " N"], drawn: Int[np.ndarray, " N"]) -> float:
+  """The metric whose values are scores themselves, such as nDCG of each query."""
+  return float(np.mean(values[drawn]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """What a model makes of each example of a task.
+
+  Attributes:
+    values: [N], in a unit that models share: scores, or ranks of similarities.
+    metric: What makes a score of them.
+  """
+
+  values: Float[np.ndarray, " N"]
+  metric: Metric = mean
+
+  def __post_init__(self) -> None:
+    if not len(self.values):
+      raise ValueError("no examples")
+
+  @property
+  def score(self) -> float:
+    """Of all examples."""
+    return self.metric(self.values, np.arange(len(self.values)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A mean and where it would lie in other samples.
+  """A score and where it would lie in other samples.
 
   Attributes:
-    mean: Of the sample.
+    score: Of the sample.
     low: End of the interval.
     high: The other.
   """
 
-  mean: float
+  score: float
   low: float
   high: float
 
@@ -33,7 +65,7 @@ class Comparison:
   """Two models on the same examples.
 
   Attributes:
-    difference: Mean of the second's scores less the first's, with its interval.
+    difference: The second's score less the first's, with its interval.
     p_value: Of a difference as large by chance, either way.
   """
 
@@ -42,52 +74,39 @@ class Comparison:
 
 
 def bootstrap(
-  scores: Float[np.ndarray, " N"],
-  confidence: float = 0.95,
-  draws: int = DRAWS,
-  seed: int = 0,
+  sample: Sample, confidence: float = CONFIDENCE, draws: int = DRAWS, seed: int = 0
 ) -> Interval:
-  """Percentile bootstrap of the mean (Efron and Tibshirani, 1993, chapter 13).
+  """Percentile bootstrap of a score (Efron and Tibshirani, 1993, chapter 13).
 
   Args:
-    scores: Of each example.
-    confidence: Share of samples whose mean lies inside.
+    sample: Of one model.
+    confidence: Share of samples whose score lies inside.
     draws: Samples drawn.
     seed: Of the draws.
-
-  Raises:
-    ValueError: there are no scores.
   """
-  if not len(scores):
-    raise ValueError("no scores")
-  generator = np.random.default_rng(seed)
-  size = len(scores)
-  means: list[np.ndarray] = []
-  left = draws
-  while left:
-    now = min(left, max(1, _CHUNK // size))
-    means.append(scores[generator.integers(size, size=(now, size))].mean(axis=1))
-    left -= now
-  tail = 50 * (1 - confidence)
-  low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
-  return Interval(float(np.mean(scores)), float(low), float(high))
+  generator, size = np.random.default_rng(seed), len(sample.values)
+  scores = [
+    sample.metric(sample.values, generator.integers(size, size=size))
+    for _ in range(draws)
+  ]
+  return _interval(sample.score, scores, confidence)
 
 
 def compare(
-  first: Float[np.ndarray, " N"],
-  second: Float[np.ndarray, " M"],
-  confidence: float = 0.95,
+  first: Sample,
+  second: Sample,
+  confidence: float = CONFIDENCE,
   draws: int = DRAWS,
   seed: int = 0,
 ) -> Comparison:
   """A paired comparison: a bootstrap interval, and a randomization test.
 
-  The test turns the sign of each example's difference at random (Smucker et al., 2007,
-  for retrieval). The smallest p-value is 1 / (draws + 1).
+  The test has the models change places on each example at random (Smucker et al.,
+  2007, for retrieval). The smallest p-value is 1 / (draws + 1).
 
   Args:
-    first: Scores of a model on each example.
-    second: Of another on the same.
+    first: Of a model.
+    second: Of another on the same examples.
     confidence: See `bootstrap`.
     draws: Of each.
     seed: Of the draws.
@@ -95,16 +114,28 @@ def compare(
   Raises:
     ValueError: they are not of the same examples.
   """
-  if first.shape != second.shape:
-    raise ValueError(f"{len(first)} and {len(second)} scores: not of the same examples")
-  apart = second - first
-  interval = bootstrap(apart, confidence, draws, seed)
-  generator = np.random.default_rng(seed + 1)
-  size, left, extreme = len(apart), draws, 0
-  bound = abs(apart.sum()) * (1 - 1e-12)  # sums of the same terms in another order
-  while left:
-    now = min(left, max(1, _CHUNK // size))
-    signs = generator.integers(0, 2, size=(now, size), dtype=np.int8) * 2 - 1
-    extreme += int(np.sum(np.abs(signs @ apart) >= bound))
-    left -= now
+  one, other, metric = first.values, second.values, first.metric
+  size = len(one)
+  if other.shape != one.shape:
+    raise ValueError(f"{size} and {len(other)} examples: not the same")
+  generator = np.random.default_rng(seed)
+  apart = []
+  for _ in range(draws):
+    drawn = generator.integers(size, size=size)
+    apart.append(metric(other, drawn) - metric(one, drawn))
+  every = np.arange(size)
+  difference = metric(other, every) - metric(one, every)
+  bound = abs(difference) * (1 - 1e-9)  # the same sum in another order
+  extreme = 0
+  for _ in range(draws):
+    changed = generator.integers(2, size=size, dtype=np.int8) == 1
+    left, right = np.where(changed, other, one), np.where(changed, one, other)
+    extreme += abs(metric(right, every) - metric(left, every)) >= bound
+  interval = _interval(difference, apart, confidence)
   return Comparison(interval, (extreme + 1) / (draws + 1))
+
+
+def _interval(score: float, drawn: list[float], confidence: float) -> Interval:
+  tail = 50 * (1 - confidence)
+  low, high = np.percentile(drawn, [tail, 100 - tail])
+  return Interval(float(score), float(low), float(high))

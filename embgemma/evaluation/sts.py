@@ -13,6 +13,7 @@ from embgemma.data.jsonl import read_jsonl, string_field
 from embgemma.data.prompts import TaskPrompts
 from embgemma.errors import DataError
 from embgemma.evaluation import metrics, retrieval
+from embgemma.evaluation.statistics import Sample
 from embgemma.evaluation.stored_vectors import kept_values, metric_key
 
 
@@ -98,27 +99,55 @@ class StsEvaluator:
       ConfigError: a width is above the embedding's.
       TrainingError: an embedding is not finite.
     """
-    self.check()
-    sentences = [*self.pairs.sentences1, *self.pairs.sentences2]
-    # Sets such as STS-B repeat sentences: each is embedded once.
-    row = {text: i for i, text in enumerate(dict.fromkeys(sentences))}
-    texts = [self.prompts.format_query(text) for text in row]
-    vectors = retrieval.encode_checked(encode, texts, self.name, self.widths)
-    first, second = np.array([row[text] for text in sentences]).reshape(2, -1)
+    vectors, gold = self._embedded(encode), np.array(self.pairs.scores)
+    return {
+      metric_key(self.main_metric, name, width): self._value(
+        self._cosines(vectors, width, name), gold
+      )
+      for name in self.vectors
+      for width in self.widths
+    }
+
+  def sample(self, encode: retrieval.EncodeFn) -> Sample:
+    """Ranks of the pairs by cosine, at the widest of the widths.
+
+    Raises:
+      DataError, ConfigError, TrainingError: see `evaluate`.
+    """
+    from scipy import stats
+
+    cosines = self._cosines(self._embedded(encode), max(self.widths), "float32")
     gold = np.array(self.pairs.scores)
-    values: dict[str, float] = {}
-    for name in self.vectors:
-      for width in self.widths:
-        (kept,) = kept_values(name, retrieval.prefix(vectors, width))
-        cosine = np.sum(kept[first] * kept[second], axis=1)
-        if name != "float32":  # no longer of unit norm; equal products stay equal
-          norms = np.linalg.norm(kept, axis=1)
-          cosine = cosine / (norms[first] * norms[second])
-        values[metric_key(self.metric, name, width)] = self._value(cosine, gold)
-    return values
+    ranks = stats.rankdata(cosines) / len(cosines)
+    return Sample(ranks, lambda values, drawn: self._value(values[drawn], gold[drawn]))
+
+  def _embedded(self, encode: retrieval.EncodeFn) -> Float[np.ndarray, "M E"]:
+    """Vectors of the distinct sentences: sets such as STS-B repeat them."""
+    self.check()
+    texts = [self.prompts.format_query(text) for text in self._rows]
+    return retrieval.encode_checked(encode, texts, self.name, self.widths)
+
+  @functools.cached_property
+  def _rows(self) -> dict[str, int]:
+    """Distinct sentences, numbered."""
+    sentences = dict.fromkeys([*self.pairs.sentences1, *self.pairs.sentences2])
+    return {text: row for row, text in enumerate(sentences)}
+
+  def _cosines(
+    self, vectors: Float[np.ndarray, "M E"], width: int, name: str
+  ) -> Float[np.ndarray, " N"]:
+    """Of the pairs, from vectors kept in a format."""
+    sides = (self.pairs.sentences1, self.pairs.sentences2)
+    first, second = ([self._rows[text] for text in side] for side in sides)
+    (kept,) = kept_values(name, retrieval.prefix(vectors, width))
+    cosine = np.sum(kept[first] * kept[second], axis=1)
+    if name != "float32":  # no longer of unit norm; equal products stay equal
+      norms = np.linalg.norm(kept, axis=1)
+      cosine = cosine / (norms[first] * norms[second])
+    return cosine
 
   @property
-  def metric(self) -> str:
+  def main_metric(self) -> str:
     """Its name."""
     return "spearman"
 
@@ -153,7 +182,7 @@ class PairClassificationEvaluator(StsEvaluator):
     return pairs
 
   @property
-  def metric(self) -> str:
+  def main_metric(self) -> str:
     """Its name."""
     return "average_precision"
 

@@ -13,6 +13,7 @@ from embgemma.errors import ConfigError, DataError
 from embgemma.evaluation.bm25 import bm25_metrics
 from embgemma.evaluation.mteb_runner import MtebEvaluator
 from embgemma.evaluation.retrieval import EncodeFn, RetrievalData, RetrievalEvaluator
+from embgemma.evaluation.statistics import Sample
 from embgemma.evaluation.sts import PairClassificationEvaluator, StsEvaluator
 
 BUILTIN = "builtin:"
@@ -34,6 +35,16 @@ class Evaluator(Protocol):
   def check(self) -> None: ...
 
   def evaluate(self, encode: EncodeFn) -> dict[str, float]: ...
+
+
+@runtime_checkable
+class SampledEvaluator(Evaluator, Protocol):
+  """One that also has what its main metric is made of, by example."""
+
+  @property
+  def main_metric(self) -> str: ...
+
+  def sample(self, encode: EncodeFn) -> Sample: ...
 
 
 def builtin_retrieval(task: str) -> RetrievalData:

@@ -1,152 +1,22 @@
-"""The page of a report: sections of tables and charts, as HTML and as Markdown.
-
-HTML needs nothing beside itself: styles and charts are inside.
-"""
+"""The page of a report, from what commands left behind."""
 
 import dataclasses
-import importlib.resources
-import itertools
-import math
 import re
 import shlex
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import numpy as np
 
-from embgemma.evaluation import benchmark_scores, report
+from embgemma.evaluation import benchmark_scores
 from embgemma.evaluation.benchmark_scores import Scores
-from embgemma.evaluation.suite import (
-  LOSS,
-  MAIN_METRICS,
-  TaskResults,
-  main_scores,
-  mean_score,
-)
-from embgemma.models.config import VECTOR_FORMATS
-from embgemma.reporting import charts
+from embgemma.evaluation.suite import main_scores, mean_score
+from embgemma.reporting import charts, held_out
+from embgemma.reporting.document import Detail, Page, Section, Table
 from embgemma.reporting.records import Curve, Records, Run, Search
 from embgemma.reporting.spaces import Space
 from embgemma.training.progress import duration
-
-_KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
-_SEED = re.compile(r"_seed\d+$")  # of a recipe's stages
-_OF_CODES = (f"{metric} ({name})" for name in VECTOR_FORMATS for metric in MAIN_METRICS)
-_SHOWN = (*MAIN_METRICS, *_OF_CODES, LOSS, "perplexity")
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-  """Cells of text.
-
-  Attributes:
-    heads: Of columns.
-    rows: Of as many cells.
-    title: Above it, if any.
-    numbers: Columns that are aligned as numbers.
-    best: Cells (row, column) that are the best of their row.
-    groups: Rows that begin a group.
-  """
-
-  heads: Sequence[str]
-  rows: Sequence[Sequence[str]]
-  title: str = ""
-  numbers: frozenset[int] = frozenset()
-  best: frozenset[tuple[int, int]] = frozenset()
-  groups: frozenset[int] = frozenset()
-
-  def markdown(self) -> list[str]:
-    """Lines; the best of a row in bold."""
-    rule = ["---:" if i in self.numbers else "---" for i in range(len(self.heads))]
-    lines = [f"### {self.title}", ""] if self.title else []
-    heads = [head.replace("|", "\\|") for head in self.heads]
-    rows = [
-      [
-        f"**{cell}**" if (i, j) in self.best else cell.replace("|", "\\|")
-        for j, cell in enumerate(row)
-      ]
-      for i, row in enumerate(self.rows)
-    ]
-    return [
-      *lines,
-      *(f"| {' | '.join(row)} |" for row in (heads, rule, *rows)),
-      "",
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class Detail:
-  """Text that is shown on demand."""
-
-  title: str
-  text: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """A part of the page.
-
-  Attributes:
-    title: Its heading.
-    texts: Paragraphs.
-    tables: Its tables.
-    charts: SVG.
-    details: Texts to unfold; HTML only.
-    wide: Whether charts take the page's width.
-  """
-
-  title: str
-  texts: Sequence[str] = ()
-  tables: Sequence[Table] = ()
-  charts: Sequence[str] = ()
-  details: Sequence[Detail] = ()
-  wide: bool = False
-
-  @property
-  def anchor(self) -> str:
-    """Of links to it."""
-    return re.sub(r"\W+", "-", self.title.lower())
-
-
-@dataclasses.dataclass(frozen=True)
-class Page:
-  """A report.
-
-  Attributes:
-    title: Its heading.
-    subtitle: Below that.
-    cards: What matters most: label to value.
-    sections: In order.
-  """
-
-  title: str
-  subtitle: str
-  cards: Mapping[str, str]
-  sections: Sequence[Section]
-
-  def html(self) -> str:
-    """One file, for a browser without a network."""
-    source = importlib.resources.files(__package__) / "page.html"
-    environment = jinja2.Environment(
-      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    cards = [{"label": label, "value": value} for label, value in self.cards.items()]
-    return environment.from_string(source.read_text("utf-8")).render(
-      title=self.title, subtitle=self.subtitle, cards=cards, sections=self.sections
-    )
-
-  def markdown(self) -> str:
-    """Tables and texts; charts are HTML's."""
-    lines = [f"# {self.title}", "", self.subtitle, ""]
-    lines += [f"- {label}: {value}" for label, value in self.cards.items()]
-    for section in self.sections:
-      body = [line for text in section.texts for line in (text, "")]
-      body += [line for table in section.tables for line in table.markdown()]
-      if body:
-        lines += ["", f"## {section.title}", "", *body]
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def page(
@@ -169,12 +39,12 @@ def page(
     scores: In it, by model and task.
     kinds: Of its tasks.
   """
-  results = final_results(records)
+  results = held_out.final_results(records)
   sections = [
     *_benchmark_sections(benchmark, scores, kinds),
     *_recipe_section(records),
-    *_seeds_section(results),
-    *_results_sections(results),
+    *held_out.seeds_sections(results),
+    *held_out.results_sections(results),
     *(_search_section(search) for search in records.searches),
     *_map_section(places),
     *_spaces_section(spaces),
@@ -190,7 +60,7 @@ def page(
   scored = {
     name: mean_score(of)
     for name, of in results.items()
-    if name != "BM25" and _of_embedder(of) and main_scores(of)
+    if name != "BM25" and held_out.of_embedder(of) and main_scores(of)
   }
   if scored:
     # Means of other tasks are no rivals.
@@ -229,20 +99,6 @@ def _benchmark_sections(
   return sections
 
 
-def _of_embedder(results: TaskResults) -> bool:
-  """Whether results are an embedder's."""
-  return bool(results) and not any(LOSS in metrics for metrics in results.values())
-
-
-def final_results(records: Records) -> dict[str, TaskResults]:
-  """Of each model that is done and was evaluated, its last results by its name."""
-  found = {run.name: run.final for run in records.runs if run.complete and run.final}
-  for evaluation in records.evaluations:
-    for column, of in evaluation.results.items():
-      found[_KEY.sub("", column)] = of
-  return found
-
-
 def _recipe_section(records: Records) -> list[Section]:
   if not records.stages:
     return []
@@ -264,106 +120,6 @@ def _recipe_section(records: Records) -> list[Section]:
   table = Table(heads, rows, numbers=frozenset({2}))
   details = [Detail("commands", commands)]
   return [Section("Stages", tables=[table], details=details)]
-
-
-def _results_sections(results: Mapping[str, TaskResults]) -> list[Section]:
-  """One of embedders, one of pretrained stacks."""
-  sections = []
-  for title, wanted in (("Held-out evaluation", True), ("Held-out loss", False)):
-    chosen = {
-      name: of for name, of in results.items() if of and _of_embedder(of) is wanted
-    }
-    if chosen:
-      said = "In percent, by Matryoshka width" if wanted else "Nats a token"
-      text = f"{said}; the best of a row is bold."
-      sections.append(Section(title, [text], [_results_table(chosen, wanted)]))
-  return sections
-
-
-def _results_table(results: Mapping[str, TaskResults], higher: bool) -> Table:
-  heads, rows = report.results_cells(results, _SHOWN)
-  labels = len(heads) - len(results)
-  if higher:
-    rows = [row for row in rows if row[0] != "mean"] + _mean_rows(results)
-  best: set[tuple[int, int]] = set()
-  for i, row in enumerate(rows):
-    values = {j: _number(row[j]) for j in range(labels, len(row))}
-    known = {j: value for j, value in values.items() if not math.isnan(value)}
-    if len(known) > 1:
-      top = max(known.values()) if higher else min(known.values())
-      best |= {(i, j) for j, value in known.items() if value == top}
-  begins = [i for i in range(1, len(rows)) if rows[i][:2] != rows[i - 1][:2]]
-  numbers = frozenset(range(labels - 1, len(heads)))
-  return Table(heads, rows, "", numbers, frozenset(best), frozenset(begins))
-
-
-def _seeds_section(results: Mapping[str, TaskResults]) -> list[Section]:
-  """Means of models that differ in their seed alone."""
-  arms: dict[str, list[TaskResults]] = {}
-  for name, of in results.items():
-    if _SEED.search(name) and _of_embedder(of) and main_scores(of):
-      arms.setdefault(_SEED.sub("", name), []).append(of)
-  arms = {name: seeds for name, seeds in arms.items() if len(seeds) > 1}
-  if not arms:
-    return []
-  means = {name: _mean_results(seeds) for name, seeds in arms.items()}
-  rows = []
-  for name, seeds in arms.items():
-    scores = [100 * mean_score(of) for of in seeds]
-    cells = (np.mean(scores), min(scores), max(scores))
-    rows.append([name, str(len(seeds)), *(f"{cell:.2f}" for cell in cells)])
-  heads = ["model", "seeds", "mean score", "lowest", "highest"]
-  ranges = Table(heads, rows, "At the widest width", frozenset({1, 2, 3, 4}))
-  return [
-    Section("Means over seeds", tables=[ranges, _results_table(means, higher=True)])
-  ]
-
-
-def _mean_results(seeds: Sequence[TaskResults]) -> TaskResults:
-  """Of the tasks and metrics that all have."""
-  tasks = [task for task in seeds[0] if all(task in of for of in seeds)]
-  return {
-    task: {
-      key: float(np.mean([of[task][key] for of in seeds]))
-      for key in seeds[0][task]
-      if all(key in of[task] for of in seeds)
-    }
-    for task in tasks
-  }
-
-
-def _mean_rows(results: Mapping[str, TaskResults]) -> list[list[str]]:
-  """Means over tasks of main metrics, of models that have them all at a width."""
-  keys = {key for of in results.values() for metrics in of.values() for key in metrics}
-  parts = [key.partition("/") for key in keys]  # those of BM25 have no width
-  widths = {int(width) for name, _, width in parts if name in MAIN_METRICS and width}
-  tasks = {task for of in results.values() for task in of}
-  rows = []
-  for width in sorted(widths, reverse=True):
-    cells = []
-    for of in results.values():
-      scores = [
-        next((value for key, value in metrics.items() if _at(key, width)), None)
-        for metrics in of.values()
-      ]
-      known = [score for score in scores if score is not None]
-      complete = set(of) == tasks and len(known) == len(scores)
-      cells.append(f"{100 * np.mean(known):.2f}" if complete else report.MISSING)
-    rows.append(["mean", "of main metrics", str(width), *cells])
-  return rows
-
-
-def _at(key: str, width: int) -> bool:
-  """Whether a key is of a main metric at a width, or of one without (BM25's)."""
-  metric, _, at = key.partition("/")
-  return metric in MAIN_METRICS and at in (str(width), "")
-
-
-def _number(cell: str) -> float:
-  try:
-    return float(cell)
-  except ValueError:
-    return math.nan
 
 
 def _search_section(search: Search) -> Section:
@@ -486,7 +242,9 @@ def _evaluation_curves(run: Run) -> dict[str, Curve]:
     return {}
   steps = sorted(run.evaluations, key=int)
   scores = [main_scores(run.evaluations[step]) for step in steps]
-  scale = 100 if _of_embedder(run.final) else -1  # losses have their sign turned
+  scale = (
+    100 if held_out.of_embedder(run.final) else -1
+  )  # losses have their sign turned
   numbers = np.array([int(step) for step in steps])
   curves = {
     task: Curve(numbers, np.array([scale * of[task] for of in scores]))
@@ -542,14 +300,4 @@ def _ingredients_section(records: Records) -> list[Section]:
 
 def _ingredient(listed: Mapping[str, Any]) -> list[str]:
   weight = listed.get("weight", "kept" if listed.get("kept", True) else "left out")
-  return [_KEY.sub("", listed["path"]), str(listed["step"]), str(weight)]
-
-
-def principal_components(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Places in a plane, [N, 2] by set, of vectors [N, E] by set."""
-  everything = np.concatenate(list(vectors.values())).astype(np.float64)
-  centred = everything - everything.mean(0)
-  _, _, directions = np.linalg.svd(centred, full_matrices=False)
-  places = centred @ directions[:2].T
-  ends = list(itertools.accumulate(len(of) for of in vectors.values()))
-  return dict(zip(vectors, np.split(places, ends[:-1]), strict=True))
+  return [held_out.RECIPE_KEY.sub("", listed["path"]), str(listed["step"]), str(weight)]

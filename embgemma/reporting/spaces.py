@@ -1,7 +1,8 @@
 """A set's queries and documents as vectors, for numbers and for looking at."""
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,7 +65,7 @@ class Space:
       relevant=np.array([rows[place[name]] for name in best]),
     )
 
-  def numbers(self) -> analysis.Space:
+  def numbers(self) -> analysis.Geometry:
     """What the space is like.
 
     Raises:
@@ -90,3 +91,13 @@ def _short(text: str) -> str:
   """One line."""
   text = " ".join(text.split())
   return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+
+
+def principal_components(vectors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Places in a plane, [N, 2] by set, of vectors [N, E] by set."""
+  everything = np.concatenate(list(vectors.values())).astype(np.float64)
+  centred = everything - everything.mean(0)
+  _, _, directions = np.linalg.svd(centred, full_matrices=False)
+  places = centred @ directions[:2].T
+  ends = list(itertools.accumulate(len(of) for of in vectors.values()))
+  return dict(zip(vectors, np.split(places, ends[:-1]), strict=True))

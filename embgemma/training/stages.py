@@ -140,6 +140,7 @@ class EmbeddingStage:
       microbatch_tokens,
       self.row_lengths,
       self._teachers(manifest) if self.objective.needs_teacher else None,
+      self.data.one_shape,
     )
 
   def _teachers(self, manifest: Manifest) -> list[TeacherVectors]:
@@ -167,7 +168,12 @@ class EmbeddingStage:
     microbatch_tokens: int,
   ) -> TypicalBatch:
     groups = plan_shapes(
-      lengths, batch_size, num_shards, microbatch_tokens, self.row_lengths
+      lengths,
+      batch_size,
+      num_shards,
+      microbatch_tokens,
+      self.row_lengths,
+      one_shape=self.data.one_shape,
     ).typical
     negatives = lengths.shape[1] - 2
     share = batch_size / len(lengths)

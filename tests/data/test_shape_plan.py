@@ -63,6 +63,28 @@ def test_dense_rows_of_few_shapes(
   assert typical == pytest.approx(slots / steps, rel=0.08)
 
 
+@pytest.mark.parametrize(("batch_size", "num_shards"), [(128, 1), (512, 4)])
+def test_one_shape_has_room_for_nearly_all_batches(batch_size, num_shards):
+  examples = _lengths(0, 20_000, 1, 60)
+  options = (examples[:4096], batch_size, num_shards)
+  plans = {
+    one: shape_plan.plan_shapes(*options, one_shape=one) for one in (True, False)
+  }
+  rng = np.random.default_rng(1)
+  shapes, tokens = {True: [], False: []}, {True: 0, False: 0}
+  for _ in range(100):
+    lengths = examples[rng.integers(len(examples), size=batch_size)]
+    shards = shape_plan.deal_examples(lengths, num_shards)
+    texts = [shape_plan.shard_texts(lengths[shard]) for shard in shards]
+    for one, plan in plans.items():
+      laid_out, _ = plan.lay_out(texts)
+      shapes[one].append(laid_out)
+      tokens[one] += sum(shape.tokens for shape in laid_out)
+  assert len(set(shapes[False])) > 2
+  assert max(map(shapes[True].count, shapes[True])) >= 98
+  assert tokens[True] < 1.25 * tokens[False]
+
+
 def test_short_texts_get_short_rows():
   """Where they are many enough to fill rows of their own."""
   rng = np.random.default_rng(0)

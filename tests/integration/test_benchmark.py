@@ -11,8 +11,9 @@ from embgemma import cli
 from embgemma.data import prompts
 from embgemma.errors import ConfigError
 from embgemma.evaluation import mteb_runner, suite
-from embgemma.evaluation.mteb_encoder import MtebEncoder, StoredVectors
+from embgemma.evaluation.mteb_encoder import MtebEncoder
 from embgemma.evaluation.mteb_runner import BenchmarkModel
+from embgemma.evaluation.vector_cache import VectorCache
 
 pytest.importorskip("mteb", reason="of the extra eval")
 pytestmark = [
@@ -50,7 +51,7 @@ def model(encode, **changes):
 
 def test_texts_are_embedded_once():
   encode = Words()
-  stored = StoredVectors(encode)
+  stored = VectorCache(encode)
   first = stored(["a", "b", "a"])
   np.testing.assert_array_equal(first, Words()(["a", "b", "a"]))
   np.testing.assert_array_equal(stored(["c", "b"]), Words()(["c", "b"]))
@@ -202,15 +203,22 @@ def test_the_command(trained, tmp_path, capsys):
   """A checkpoint on one task, at its widths, into a folder of results."""
   flags = ["eval", f"--checkpoint={trained}", "--task_modules=stdlib_tasks"]
   flags += ["--tasks=StdlibSTS", f"--results={tmp_path}", "--widths=32,8"]
+  flags.append("--vectors=float32,int8")
   cli.main(flags)
   said = capsys.readouterr().out
   assert "Mean(Task)" in said
-  (main, narrow) = sorted(tmp_path.rglob("StdlibSTS.json"), key=lambda p: len(p.parts))
-  assert narrow.parent.name == "embed_dim_8"
+  found = {path.parent.name: path for path in tmp_path.rglob("StdlibSTS.json")}
+  assert {"embed_dim_8", "output_dtypes_int8", "embed_dim_8__output_dtypes_int8"} < set(
+    found
+  )
+  (main,) = (path for name, path in found.items() if "_" not in name)
   content = json.loads(main.read_text())
   assert content["task_name"] == "StdlibSTS"
   assert main.parent.parent.name.startswith("embgemma__")
   assert "stdlib_tasks" in sys.modules
+  with pytest.raises(SystemExit):
+    cli.main([*flags, "--vectors=ubinary"])
+  assert "vectors ubinary: mteb has float32" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     cli.main([*flags, "--data=x=y"])
   assert "are mteb's" in capsys.readouterr().err

@@ -220,6 +220,34 @@ def test_eval(trained, workspace, tmp_path):
   assert results["step 30"]["code"]["ndcg@10/16"] != mine
 
 
+def test_two_checkpoints_example_by_example(trained, workspace):
+  """A checkpoint gains nothing over itself; an earlier step is another's results."""
+  data = f"--data=own={workspace.root / 'plain.jsonl'}"
+  step = trained / "checkpoints" / "20"
+  done = workspace.run(
+    "eval", f"--checkpoint={step}", f"--against={trained}", data, "--widths=16"
+  )
+  assert done.returncode == 0, done.stderr
+  kept = json.loads((trained / "evaluations.json").read_text())["30"]["plain"]
+  (row,) = [line for line in done.stdout.splitlines() if "[" in line]
+  cells = [cell.split() for cell in row.strip("│").split("│")]
+  assert [cells[0], cells[1]] == [["own"], ["ndcg@10"]]
+  before, after, gain = (float(cell[0]) for cell in cells[3:6])
+  assert after == pytest.approx(100 * kept["ndcg@10/16"], abs=0.01)
+  assert gain == pytest.approx(after - before, abs=0.011)
+  same = workspace.run(
+    "eval", f"--checkpoint={trained}", data, "--intervals", "--widths=16"
+  )
+  assert same.returncode == 0, same.stderr
+  (row,) = [line for line in same.stdout.splitlines() if "[" in line]
+  assert row.split("│")[4].strip().startswith(f"{after:.2f} [")
+  refused = workspace.run(
+    "eval", f"--checkpoint={trained}", "--tasks=STS12", "--intervals"
+  )
+  assert refused.returncode == 1
+  assert "--intervals and --against are of sets in --data" in refused.stderr
+
+
 def test_explain(trained, workspace):
   done = workspace.run("explain", *workspace.flags())
   assert done.returncode == 0, done.stderr

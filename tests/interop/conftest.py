@@ -7,6 +7,7 @@ import pathlib
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -16,9 +17,15 @@ from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers import models as tokenizer_models
 from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
 
+from embgemma.checkpoints import Description
 from embgemma.data import builtin_corpus, prompts
 from embgemma.data.vocabularies import SentencePieceVocabulary, train_vocabulary
+from embgemma.inference.embedder import TextEncoder
+from embgemma.interop import layout
+from embgemma.interop.model import Model
 from embgemma.models import encoder_decoder
+from embgemma.models.config import EmbedderConfig, TransformerConfig
+from embgemma.models.embedder import abstract_params
 from embgemma.typing import PackedSequences
 
 _SCRIPTS = (
@@ -231,3 +238,52 @@ def tiny(tmp_path_factory, vocabulary) -> Reference:
   return _make_reference(
     tmp_path_factory.mktemp("tiny"), vocabulary, heads=(40, 24), **_TINY
   )
+
+
+@pytest.fixture(scope="session")
+def export_texts() -> list[str]:
+  """Short, longer, and longer than `export_model` takes."""
+  return [
+    "one text",
+    "another text, a little longer than the first one",
+    "texts of many words and more " * 6,
+  ]
+
+
+@pytest.fixture(scope="session")
+def export_model(vocabulary) -> Model:
+  """Random weights with local and global layers, for texts of up to 64 tokens."""
+  length = 64
+  config = EmbedderConfig(
+    transformer=TransformerConfig(
+      vocab_size=3000,
+      num_layers=3,
+      width=64,
+      mlp_width=96,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=32,
+      attention_pattern=("local", "local", "global"),
+      window=(8, 8),
+      max_length=length,
+    ),
+    hidden_width=128,
+    embedding_width=64,
+    matryoshka_widths=(64, 32),
+  )
+  params = layout.allocate(abstract_params(config))
+  generator = np.random.default_rng(0)
+  for leaf in jax.tree.leaves(params):
+    leaf[...] = 0.2 * generator.standard_normal(leaf.shape)
+  lengths = {"query": length, "positive": length, "negatives": length}
+  return Model(Description(config, lengths, prompts.PROMPTS), vocabulary, params)
+
+
+@pytest.fixture(scope="session")
+def export_vectors(export_model, export_texts) -> np.ndarray:
+  """Our own vectors of `export_texts`, [3, E]."""
+  model = export_model
+  encoder = TextEncoder(
+    model.description.embedder, model.vocabulary, model.description.lengths["query"]
+  )
+  return encoder.encode(model.params, export_texts)

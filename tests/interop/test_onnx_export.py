@@ -2,56 +2,16 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 
 from embgemma import outputs
-from embgemma.checkpoints import Description
-from embgemma.data.prompts import PROMPTS
 from embgemma.errors import ConfigError
-from embgemma.inference.embedder import TextEncoder
-from embgemma.interop import layout, onnx_export
-from embgemma.interop.model import Model
-from embgemma.models.config import EmbedderConfig, TransformerConfig
-from embgemma.models.embedder import abstract_params
+from embgemma.interop import onnx_export
 
 pytestmark = pytest.mark.slow
-
-CONFIG = EmbedderConfig(
-  transformer=TransformerConfig(
-    vocab_size=3000,
-    num_layers=3,
-    width=64,
-    mlp_width=96,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=32,
-    attention_pattern=("local", "local", "global"),
-    window=(8, 8),
-    max_length=64,
-  ),
-  hidden_width=128,
-  embedding_width=64,
-  matryoshka_widths=(64, 32),
-)
-TEXTS = [
-  "one text",
-  "another text, a little longer than the first one",
-  "texts of many words and more " * 6,
-]
-
-
-@pytest.fixture(scope="module")
-def model(vocabulary):
-  params = layout.allocate(abstract_params(CONFIG))
-  generator = np.random.default_rng(0)
-  for leaf in jax.tree.leaves(params):
-    leaf[...] = 0.2 * generator.standard_normal(leaf.shape)
-  lengths = {"query": 64, "positive": 64, "negatives": 64}
-  return Model(Description(CONFIG, lengths, PROMPTS), vocabulary, params)
 
 
 def embedded(path, model, texts):
@@ -70,19 +30,18 @@ def embedded(path, model, texts):
 
 
 @pytest.fixture(scope="module")
-def exported(model, tmp_path_factory):
+def exported(export_model, tmp_path_factory):
   directory = tmp_path_factory.mktemp("onnx")
-  onnx_export.write(model, directory, "float32", 64, "# card")
+  onnx_export.write(export_model, directory, "float32", 64, "# card")
   return directory
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_vectors_are_ours(count, exported, model):
-  expected = TextEncoder(CONFIG, model.vocabulary, 64).encode(model.params, TEXTS)
-  for texts in (TEXTS[:count], TEXTS[-count:]):
-    found = embedded(exported / "onnx" / "model.onnx", model, texts)
-    rows = [TEXTS.index(text) for text in texts]
-    np.testing.assert_allclose(found, expected[rows], atol=2e-5)
+def test_vectors_are_ours(count, exported, export_model, export_texts, export_vectors):
+  for rows in (slice(count), slice(-count, None)):
+    texts = export_texts[rows]
+    found = embedded(exported / "onnx" / "model.onnx", export_model, texts)
+    np.testing.assert_allclose(found, export_vectors[rows], atol=2e-5)
 
 
 def test_a_directory_is_complete_without_weights_twice(exported):
@@ -92,12 +51,13 @@ def test_a_directory_is_complete_without_weights_twice(exported):
   assert outputs._holds_model(exported)
 
 
-def test_int8_is_close_and_small(exported, model, tmp_path):
-  onnx_export.write(model, tmp_path, "int8", 64)
+def test_int8_is_close_and_small(
+  exported, export_model, export_texts, export_vectors, tmp_path
+):
+  onnx_export.write(export_model, tmp_path, "int8", 64)
   path = tmp_path / "onnx" / "model_quantized.onnx"
-  found = embedded(path, model, TEXTS)
-  expected = TextEncoder(CONFIG, model.vocabulary, 64).encode(model.params, TEXTS)
-  cosines = np.sum(found * expected, axis=1)
+  found = embedded(path, export_model, export_texts)
+  cosines = np.sum(found * export_vectors, axis=1)
   assert cosines.min() > 0.98
   assert [p.name for p in path.parent.iterdir()] == [path.name]
   sizes = [
@@ -107,8 +67,11 @@ def test_int8_is_close_and_small(exported, model, tmp_path):
   assert sizes[0] < 0.3 * sizes[1]
 
 
-def test_a_long_row_costs_others_nothing(model, tmp_path):
+def test_a_long_row_costs_others_nothing(
+  export_model, export_texts, export_vectors, tmp_path
+):
   """Each row of the token table has its own scale."""
+  model = export_model
   table = model.params["encoder"]["embedder"]["table"]
   params = {**model.params, "encoder": {**model.params["encoder"]}}
   longer = table.copy()
@@ -116,9 +79,8 @@ def test_a_long_row_costs_others_nothing(model, tmp_path):
   params["encoder"]["embedder"] = {"table": longer}
   other = dataclasses.replace(model, params=params)
   onnx_export.write(other, tmp_path, "int8", 64)
-  found = embedded(tmp_path / "onnx" / "model_quantized.onnx", model, TEXTS)
-  expected = TextEncoder(CONFIG, model.vocabulary, 64).encode(model.params, TEXTS)
-  assert np.sum(found * expected, axis=1).min() > 0.98
+  found = embedded(tmp_path / "onnx" / "model_quantized.onnx", model, export_texts)
+  assert np.sum(found * export_vectors, axis=1).min() > 0.98
 
 
 def test_other_dtypes():

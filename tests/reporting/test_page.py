@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 
 from embgemma.errors import DataError
 from embgemma.reporting import page, records
-from embgemma.reporting.spaces import Space
+from embgemma.reporting.spaces import Space, principal_components
 from embgemma.training.metric_writers import EventWriter
 
 
@@ -211,7 +211,7 @@ def test_a_search_shows_its_mixtures(tmp_path):
 def test_places_are_principal_components():
   generator = np.random.default_rng(0)
   vectors = {"a": generator.normal(size=(20, 8)), "b": generator.normal(size=(5, 8))}
-  found = page.principal_components(vectors)
+  found = principal_components(vectors)
   expected = PCA(2).fit_transform(np.concatenate(list(vectors.values())))
   places = np.concatenate(list(found.values()))
   signs = np.sign(np.sum(places * expected, axis=0))

@@ -1,0 +1,122 @@
+"""The command that measures checkpoints."""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from embgemma import flags, outputs, process
+from embgemma.commands import benchmark
+from embgemma.commands.configuration import configure
+from embgemma.commands.messages import say_notes
+from embgemma.errors import ConfigError
+from embgemma.models.config import VECTOR_FORMATS
+
+if TYPE_CHECKING:
+  from embgemma.inference.embedder import CheckpointEmbedder
+
+_NO_SAMPLES = (
+  "--intervals and --against are of sets in --data or EVALUATIONS, not of mteb's"
+)
+
+
+def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
+  """NAME=PATH[:KIND] as entries of `evaluation.suite.evaluators`."""
+  entries = {}
+  for item in data:
+    name, separator, path = item.partition("=")
+    if not separator or not name or not path:
+      raise ConfigError(f"--data={item}: write NAME=PATH or NAME=PATH:KIND")
+    head, colon, kind = path.rpartition(":")
+    if colon and head and head not in ("builtin", "mteb") and "/" not in kind:
+      entries[name] = {"path": head, "kind": kind}
+    else:
+      entries[name] = {"path": path}
+  return entries
+
+
+def _declared(options: argparse.Namespace, bindings: Sequence[str]) -> dict[str, Any]:
+  """EVALUATIONS of the gin files given, if there are any."""
+  if not options.gin_file and not bindings:
+    return {}
+  from embgemma import gin_config
+
+  configure(options, bindings)
+  return dict(gin_config.declared_data()["evaluations"])
+
+
+def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
+  """Prints how well a checkpoint does on evaluation data."""
+  if options.benchmark or options.tasks or options.task_modules:
+    if options.data or options.gin_file or bindings:
+      raise ConfigError(
+        "--benchmark, --tasks and --task_modules are mteb's; --data and EVALUATIONS of "
+        "gin are another command"
+      )
+    if options.intervals or options.against:
+      raise ConfigError(_NO_SAMPLES)
+    benchmark.run_benchmark(options)
+    return
+  from rich.console import Console
+
+  from embgemma.evaluation import suite
+  from embgemma.evaluation.report import intervals_table, results_table
+  from embgemma.evaluation.vector_cache import VectorCache
+
+  entries = _declared(options, bindings) | evaluation_entries(options.data)
+  benchmark.check_crosslingual(options)
+  if not (entries or options.xor_retrieve or options.xtreme_up):
+    raise ConfigError(
+      "nothing to evaluate on: give --data=NAME=PATH[:KIND], a --gin_file with "
+      "EVALUATIONS, --benchmark, --xor_retrieve or --xtreme_up"
+    )
+  process.keep_compilations()
+  embedder = _embedder(options, options.checkpoint)
+  widths = embedder.description.embedder.matryoshka_widths
+  if options.widths:
+    widths = flags.counts("widths", options.widths)
+  vectors = options.vectors.split(",")
+  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
+  if unknown:
+    raise ConfigError(
+      f"--vectors={options.vectors}: there are {', '.join(VECTOR_FORMATS)}, got "
+      f"{', '.join(unknown)}"
+    )
+  evaluators = suite.evaluators(entries, widths, vectors)
+  for evaluator in evaluators:
+    evaluator.check()
+  sampled = [each for each in evaluators if isinstance(each, suite.SampledEvaluator)]
+  sampling = options.intervals or options.against
+  if sampling and not sampled:
+    raise ConfigError(_NO_SAMPLES)
+  embedders = {options.checkpoint: embedder}
+  if options.against:
+    embedders[options.against] = _embedder(options, options.against)
+  columns, samples = {}, {}
+  for path, own in embedders.items():
+    name = path if options.against else own.name
+    encode = VectorCache(own.encode) if sampling else own.encode
+    results = {each.name: each.evaluate(encode) for each in evaluators}
+    if sampling:
+      samples[name] = [each.sample(encode) for each in sampled]
+    results |= benchmark.crosslingual_results(options, own, widths)
+    columns[name] = results
+  if options.bm25:
+    columns["BM25"] = suite.bm25_results(evaluators)
+  if options.output:
+    with outputs.new_file(pathlib.Path(options.output)) as file:
+      file.write(json.dumps(columns, indent=1).encode() + b"\n")
+  console = Console()
+  console.print(results_table(columns))
+  if samples:
+    metrics = [(each.name, each.main_metric) for each in sampled]
+    console.print(intervals_table(metrics, samples, max(widths)))
+
+
+def _embedder(options: argparse.Namespace, path: str) -> "CheckpointEmbedder":
+  from embgemma.inference.embedder import CheckpointEmbedder
+
+  embedder = CheckpointEmbedder(path, options.max_length, options.tokens_per_batch)
+  say_notes(embedder.notes)
+  return embedder
