@@ -22,7 +22,7 @@ from embgemma import checkpoints
 from embgemma.checkpoints import CheckpointStore, Description
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import CheckpointError, ConfigError
-from embgemma.interop import conversion, weights
+from embgemma.interop import codes, conversion, weights
 from embgemma.interop.layout import NumpyTree
 from embgemma.interop.model import Model
 from embgemma.models import lora
@@ -63,7 +63,8 @@ def choose(paths: Sequence[str], last: int | None = None) -> list[Ingredient]:
 
   Raises:
     ConfigError: fewer than two checkpoints, or `last` with several paths.
-    CheckpointError: there is no such checkpoint, or fewer steps than `last`.
+    CheckpointError: there is no such checkpoint, fewer steps than `last`, or one of
+      codes.
   """
   if last is not None:
     return _last_steps(paths, last)
@@ -76,8 +77,15 @@ def choose(paths: Sequence[str], last: int | None = None) -> list[Ingredient]:
 
 
 def _ingredient(path: str) -> Ingredient:
-  directory, step = _located(path)
-  return Ingredient(path, directory, CheckpointStore(directory).resolve_step(step))
+  directory, wanted = _located(path)
+  store = CheckpointStore(directory)
+  step = store.resolve_step(wanted)
+  if store.shipped_item(step) == codes.ITEM:
+    raise CheckpointError(
+      f"{path}: holds weights of 4 or 8 bits, rounded already; average the checkpoints "
+      "that `embgemma quantize` read, and quantize their mean"
+    )
+  return Ingredient(path, directory, step)
 
 
 def _last_steps(paths: Sequence[str], last: int) -> list[Ingredient]:

@@ -1,6 +1,6 @@
 """How close to the best mixture a search comes, where the best is known.
 
-    python benchmarks/mixture_search/regret.py [--repeats=20] [--noise=0.2]
+    python benchmarks/mixture_search/regret.py [--groups 5 10 15] [--searches NAME …]
 
 Objectives are synthetic: development sets that gain from each group of tasks in shares
 drawn at random, with diminishing returns, less what too much of one group costs; all
@@ -22,7 +22,6 @@ from scipy.optimize import minimize
 
 from embgemma.mixture_search import simplex
 
-GROUPS = (5, 10, 15)
 SEEDS, PROPOSED = 11, 20
 Quality = Callable[[np.ndarray], float]
 
@@ -115,6 +114,8 @@ def regret(search: str, groups: int, repeat: int, noise: float) -> float:
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--groups", type=int, nargs="+", default=(5, 10, 15))
+  parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=SEARCHES)
   parser.add_argument("--repeats", type=int, default=20)
   parser.add_argument("--noise", type=float, default=0.2)
   options = parser.parse_args()
@@ -122,8 +123,8 @@ def main() -> None:
   optuna.logging.set_verbosity(optuna.logging.ERROR)
   print("| groups | search | regret: mean, median | standard error | s a search |")
   print("|---:|---|---:|---:|---:|")
-  for groups in GROUPS:
-    for search in SEARCHES:
+  for groups in options.groups:
+    for search in options.searches:
       began = time.monotonic()
       found = [
         regret(search, groups, repeat, options.noise)

@@ -80,7 +80,7 @@ def test_one_shape_has_room_for_nearly_all_batches(batch_size, num_shards):
       laid_out, _ = plan.lay_out(texts)
       shapes[one].append(laid_out)
       tokens[one] += sum(shape.tokens for shape in laid_out)
-  assert len(set(shapes[False])) > 2
+  assert len(set(shapes[False])) > 1
   assert max(map(shapes[True].count, shapes[True])) >= 98
   assert tokens[True] < 1.25 * tokens[False]
 

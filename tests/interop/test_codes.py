@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embgemma import checkpoints
+from embgemma import checkpoints, soup
 from embgemma.checkpoints import Description
 from embgemma.data.prompts import PROMPTS
 from embgemma.data.vocabularies import train_vocabulary
+from embgemma.errors import CheckpointError
 from embgemma.inference.embedder import CheckpointEmbedder
 from embgemma.interop import codes, conversion, layout, quantizing, weights
 from embgemma.interop.model import Model
@@ -97,6 +98,13 @@ def test_what_is_read_is_what_was_quantized(preset, model, tmp_path):
 
 def _leaves(params):
   return jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Quantized))
+
+
+def test_a_soup_of_codes_is_refused(model, tmp_path):
+  for name in ("one", "other"):
+    written(model, quantization.int8_block32(), tmp_path / name)
+  with pytest.raises(CheckpointError, match="one: holds weights of 4 or 8 bits"):
+    soup.choose([str(tmp_path / "one"), str(tmp_path / "other")])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
