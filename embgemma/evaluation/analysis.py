@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from embgemma.evaluation.exact_search import search
 from embgemma.evaluation.metrics import spearman
@@ -28,6 +28,9 @@ class Geometry:
     hubness: Skewness of how often a document is among the ten nearest of the queries
       (Radovanovic et al., 2010); 0 without hubs.
     length_bias: Spearman's correlation of that number and documents' lengths.
+    language_bias: How much larger the share of a query's own language is among its ten
+      nearest documents than among all, the relevant one left out; None where no
+      languages are known. 0 is blind to language, as retrieval across them wants it.
   """
 
   alignment: float
@@ -36,6 +39,7 @@ class Geometry:
   effective_rank: float
   hubness: float
   length_bias: float
+  language_bias: float | None = None
 
 
 def analyse(
@@ -43,6 +47,8 @@ def analyse(
   documents: Float[np.ndarray, "N E"],
   relevant: Int[np.ndarray, " Q"],
   lengths: Sequence[int],
+  query_languages: Sequence[str] = (),
+  document_languages: Sequence[str] = (),
 ) -> Geometry:
   """Numbers of a space.
 
@@ -51,6 +57,8 @@ def analyse(
     documents: Unit vectors, two at least.
     relevant: Index of a document that belongs to each query.
     lengths: Of the documents, in characters.
+    query_languages: Of each query; "" is not known. Empty is of none.
+    document_languages: Of each document, likewise.
 
   Raises:
     ValueError: fewer than two documents.
@@ -68,7 +76,28 @@ def analyse(
     effective_rank=effective_rank(documents),
     hubness=skewness(counts),
     length_bias=spearman(counts, np.asarray(lengths, float)),
+    language_bias=_language_bias(
+      nearest, relevant, np.array(query_languages), np.array(document_languages)
+    ),
   )
+
+
+def _language_bias(
+  nearest: Int[np.ndarray, "Q K"],
+  relevant: Int[np.ndarray, " Q"],
+  queries: Shaped[np.ndarray, " _"],
+  documents: Shaped[np.ndarray, " _"],
+) -> float | None:
+  apart = []
+  for row in np.flatnonzero(queries != "") if len(documents) else ():
+    others = np.delete(documents, relevant[row])
+    others = others[others != ""]
+    near = documents[nearest[row][nearest[row] != relevant[row]]]
+    near = near[near != ""]
+    if len(near):
+      own = queries[row]
+      apart.append(np.mean(near == own) - np.mean(others == own))
+  return float(np.mean(apart)) if apart else None
 
 
 def effective_rank(vectors: Float[np.ndarray, "N E"]) -> float:

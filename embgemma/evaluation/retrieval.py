@@ -37,6 +37,7 @@ class RetrievalData:
     queries: Query id to text; only the queries that have a relevant document.
     qrels: Query id to document id to grade.
     languages: Query id to language, for the queries whose language is known.
+    document_languages: Likewise of documents.
   """
 
   ids: list[str]
@@ -45,6 +46,7 @@ class RetrievalData:
   queries: dict[str, str]
   qrels: dict[str, dict[str, int]]
   languages: dict[str, str] = dataclasses.field(default_factory=dict)
+  document_languages: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def from_pairs(cls, pairs: Iterable[tuple[str, str, str, str]]) -> "RetrievalData":
@@ -122,8 +124,8 @@ def read_beir(folder: str | pathlib.Path, split: str | None = None) -> Retrieval
   (BEIR's own loader keeps those with zero grades only and counts them as 0.)
 
   Args:
-    folder: Holds `corpus.jsonl` {"_id", "text", "title"?} and `queries.jsonl`
-      {"_id", "text", "language"?}, plain or .gz, and `qrels.tsv` or
+    folder: Holds `corpus.jsonl` {"_id", "text", "title"?, "language"?} and
+      `queries.jsonl` {"_id", "text", "language"?}, plain or .gz, and `qrels.tsv` or
       `qrels/SPLIT.tsv` with a header line.
     split: The file under `qrels/`; None takes `qrels.tsv` or the only split.
 
@@ -138,10 +140,12 @@ def read_beir(folder: str | pathlib.Path, split: str | None = None) -> Retrieval
   query_file = collection_file(folder, "queries.jsonl")
   judgements = qrels_file(folder, split)
   ids, texts, titles = [], [], []
+  of_documents = {}
   for where, identifier, record in _records_by_id(corpus_file):
     ids.append(identifier)
     texts.append(string_field(record, "text", where))
     titles.append(string_field(record, "title", where, default=""))
+    of_documents[identifier] = string_field(record, "language", where, default="")
   if not ids:
     raise DataError(f"{corpus_file}: the corpus is empty; add documents")
   queries, languages = {}, {}
@@ -156,6 +160,7 @@ def read_beir(folder: str | pathlib.Path, split: str | None = None) -> Retrieval
     queries={q: text for q, text in queries.items() if q in qrels},
     qrels=qrels,
     languages={q: name for q, name in languages.items() if name and q in qrels},
+    document_languages={d: name for d, name in of_documents.items() if name},
   )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from embgemma.evaluation import benchmark_scores
 from embgemma.evaluation.benchmark_scores import Scores
+from embgemma.evaluation.report import MISSING
 from embgemma.evaluation.suite import main_scores, mean_score
 from embgemma.reporting import charts, held_out
 from embgemma.reporting.document import Detail, Page, Section, Table
@@ -180,7 +181,13 @@ def _spaces_section(spaces: Mapping[str, Space]) -> list[Section]:
   names = list(next(iter(numbers.values())))
   table = Table(
     ["set", *(name.replace("_", " ") for name in names)],
-    [[name, *(f"{of[key]:.3f}" for key in names)] for name, of in numbers.items()],
+    [
+      [
+        name,
+        *(MISSING if of[key] is None else f"{of[key]:.3f}" for key in names),
+      ]
+      for name, of in numbers.items()
+    ],
     numbers=frozenset(range(1, len(names) + 1)),
   )
   text = (
@@ -188,7 +195,8 @@ def _spaces_section(spaces: Mapping[str, Space]) -> list[Section]:
     "the mean of exp(-2 d²) over pairs of documents; lower is more even. Anisotropy: "
     "their mean cosine. "
     "Effective rank: directions in use. Hubness: skewness of how often a document is "
-    "among the ten nearest; length bias: its correlation with length."
+    "among the ten nearest; length bias: its correlation with length. Language bias: "
+    "how much more of the ten nearest than of all documents is in the query's language."
   )
   details = [
     Detail(f"nearest documents ({n})", of.neighbours()) for n, of in known.items()

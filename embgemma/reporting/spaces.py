@@ -24,6 +24,8 @@ class Space:
     query_texts: Of the queries, without prompts.
     document_texts: Of the documents, likewise.
     relevant: int [Q], a document of each query.
+    query_languages: Of the queries, "" where it is not known.
+    document_languages: Of the documents, likewise.
   """
 
   queries: np.ndarray
@@ -31,6 +33,8 @@ class Space:
   query_texts: Sequence[str]
   document_texts: Sequence[str]
   relevant: np.ndarray
+  query_languages: Sequence[str] = ()
+  document_languages: Sequence[str] = ()
 
   @classmethod
   def of(cls, evaluator: RetrievalEvaluator, encode: EncodeFn) -> "Space":
@@ -63,6 +67,10 @@ class Space:
         for index in rows
       ],
       relevant=np.array([rows[place[name]] for name in best]),
+      query_languages=[data.languages.get(name, "") for name, _ in asked],
+      document_languages=[
+        data.document_languages.get(data.ids[index], "") for index in rows
+      ],
     )
 
   def numbers(self) -> analysis.Geometry:
@@ -72,7 +80,14 @@ class Space:
       ValueError: it has fewer than two documents.
     """
     lengths = [len(text) for text in self.document_texts]
-    return analysis.analyse(self.queries, self.documents, self.relevant, lengths)
+    return analysis.analyse(
+      self.queries,
+      self.documents,
+      self.relevant,
+      lengths,
+      self.query_languages,
+      self.document_languages,
+    )
 
   def neighbours(self) -> str:
     """The first queries, each with the documents nearest to it, as text."""

@@ -69,6 +69,23 @@ def test_bias_of_length():
   assert found.length_bias > 0.5
 
 
+def test_bias_of_language():
+  """All queries lie among the German half of the documents; relevant ones aside."""
+  generator = np.random.default_rng(0)
+  documents = units(generator, 100, 16)
+  documents[:50] += 5 * np.eye(16)[0]
+  documents /= np.linalg.norm(documents, axis=1, keepdims=True)
+  queries = np.tile(np.eye(16, dtype=np.float32)[:1], (6, 1))
+  languages = ["de"] * 50 + ["en"] * 50
+  common = (queries, documents, np.arange(6), [1] * 100)
+  german = analysis.analyse(*common, ["de"] * 5 + [""], languages)
+  assert german.language_bias == pytest.approx(1 - 49 / 99)
+  english = analysis.analyse(*common, ["en"] * 6, languages)
+  assert english.language_bias == pytest.approx(-50 / 99)
+  assert analysis.analyse(*common).language_bias is None
+  assert analysis.analyse(*common, [""] * 6, [""] * 100).language_bias is None
+
+
 def test_many_pairs_are_drawn(monkeypatch):
   documents = units(np.random.default_rng(0), 300, 8)
   every = analysis._pair_cosines(documents).mean()
