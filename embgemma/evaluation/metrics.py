@@ -6,6 +6,7 @@ document id to its grade; grades of 0 and below mean "not relevant".
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -13,7 +14,7 @@ from jaxtyping import Shaped
 from embgemma.typing import ArrayLike
 
 Ranking = Sequence[Hashable]
-Judgements = Mapping[Hashable, int]
+Judgements = Mapping[Any, int]  # of hashable ids
 
 
 def _gains(ranking: Ranking, judgements: Judgements, k: int) -> list[int]:
