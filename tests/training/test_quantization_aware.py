@@ -58,9 +58,12 @@ def params(config):
   return jax.device_get(nn.unbox(embedder.init_params(config, jax.random.key(1))))
 
 
-def gradients(config, objective, task, params, devices=1, tokens=None, fsdp=1):
+ONE = Partitioner(data=1)
+
+
+def gradients(config, objective, task, params, partitioner=ONE, tokens=None):
   """Of one batch by the model's parameters, and the metrics."""
-  partitioner = Partitioner(data=devices // fsdp, fsdp=fsdp)
+  devices = partitioner.data * partitioner.fsdp * partitioner.tensor
   mesh = partitioner.mesh(jax.devices()[:devices])
   learner = EmbeddingLearner(config, objective)
   _, abstract = abstract_state(learner, OptimizerConfig(), 1, False, partitioner, mesh)
@@ -77,8 +80,9 @@ def gradients(config, objective, task, params, devices=1, tokens=None, fsdp=1):
     mesh,
     partitioning.manual_specs(abstract.params, mesh),
   )
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params["model"])
   found, metrics = jax.jit(step.gradients, compiler_options=QUICK)(
-    {"model": params, "objective": {}},
+    {"model": jax.device_put(params, shardings), "objective": {}},
     partitioning.place_batch(arrays, learner.batch_specs, mesh),
     np.int32(0),
   )
@@ -106,13 +110,18 @@ def test_one_step(preset, config, objective, task, params):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("devices", "fsdp", "tokens"), [(1, 1, 64), (8, 4, 32)])
-def test_microbatches_and_devices(
-  devices, fsdp, tokens, config, objective, task, params
-):
+@pytest.mark.parametrize(
+  ("partitioner", "tokens"),
+  [
+    (ONE, 64),
+    (Partitioner(data=2, fsdp=4), 32),
+    (Partitioner(data=2, fsdp=2, tensor=2), 64),
+  ],
+)
+def test_microbatches_and_devices(partitioner, tokens, config, objective, task, params):
   quantized = dataclasses.replace(config, quantization=PRESETS["int4_block32"])
   expected, plain = gradients(quantized, objective, task, params)
-  found, metrics = gradients(quantized, objective, task, params, devices, tokens, fsdp)
+  found, metrics = gradients(quantized, objective, task, params, partitioner, tokens)
   assert_alike(found, expected)
   for name, value in plain.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
