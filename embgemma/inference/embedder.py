@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from embgemma.data import packing, shape_plan
+from embgemma.data import packing, prompts, shape_plan
 from embgemma.data.vocabularies import SentencePieceVocabulary
 from embgemma.errors import ConfigError, DataError
 from embgemma.interop import conversion
@@ -338,9 +338,57 @@ class CheckpointEmbedder:
       )
     return self.description.prompts[name]
 
-  def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
-    """Unit vectors at full width, float32; the texts carry their prompts."""
-    return self._encoder.encode(self._params, texts)
+  def encode(
+    self,
+    texts: Sequence[str],
+    prompt: str | None = None,
+    width: int | None = None,
+  ) -> Float[np.ndarray, "N W"]:
+    """Unit vectors, float32, in the order of the texts.
+
+    Args:
+      texts: Any number.
+      prompt: Name of the prompt that goes in front of each, such as "STS"; None is of
+        texts that carry theirs.
+      width: Matryoshka components kept; None is all.
+
+    Raises:
+      ConfigError: no such prompt, or wider than the model's embeddings.
+    """
+    width = self.check_width(width)
+    if prompt is not None:
+      front = self.prompt(prompt)
+      texts = [front + text for text in texts]
+    return np.asarray(truncate(self._encoder.encode(self._params, texts), width))
+
+  def encode_query(
+    self, texts: Sequence[str], width: int | None = None, prompt: str = "query"
+  ) -> Float[np.ndarray, "N W"]:
+    """`encode` of what is searched for; `prompt` may name that of another task."""
+    return self.encode(texts, prompt, width)
+
+  def encode_document(
+    self,
+    texts: Sequence[str],
+    titles: Sequence[str] | None = None,
+    width: int | None = None,
+    prompt: str = "document",
+  ) -> Float[np.ndarray, "N W"]:
+    """`encode` of what is found, each with its title in the prompt's place for it.
+
+    Raises:
+      ConfigError: as of `encode`; or as many titles as texts are not there.
+    """
+    if titles is None:
+      return self.encode(texts, prompt, width)
+    if len(titles) != len(texts):
+      raise ConfigError(f"{len(titles)} titles of {len(texts)} texts")
+    front = self.prompt(prompt)
+    joined = [
+      prompts.document(text, title, front)
+      for text, title in zip(texts, titles, strict=True)
+    ]
+    return self.encode(joined, width=width)
 
   def check_width(self, width: int | None) -> int:
     """The width itself, or the full one.

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import embgemma
 from embgemma import checkpoints
 from embgemma.data.vocabularies import train_vocabulary
 from embgemma.errors import CheckpointError, ConfigError, DataError
@@ -247,6 +248,28 @@ def test_widths(loaded, texts):
   for width in (0, 17, -1):
     with pytest.raises(ConfigError, match=rf"width {width} is not in 1\.\.16"):
       loaded.check_width(width)
+
+
+def test_the_python_interface(model_dir, loaded, texts):
+  """Prompts by name, titles in their place, widths."""
+  embedder = embgemma.Embedder(model_dir / "checkpoints" / "1")
+  assert embgemma.Embedder is CheckpointEmbedder
+  few = texts[6:9]
+  full = loaded.encode([f"ab: {text}" for text in few])
+  np.testing.assert_allclose(embedder.encode_query(few), full, atol=1e-6)
+  np.testing.assert_allclose(embedder.encode(few, "query"), full, atol=1e-6)
+  cut = embedder.encode_query(few, width=8)
+  norms = np.linalg.norm(full[:, :8], axis=1, keepdims=True)
+  np.testing.assert_allclose(cut, full[:, :8] / norms, atol=1e-6)
+  titled = embedder.encode_document(few, ["A", "", "C"], prompt="query")
+  joined = [f"ab: A {few[0]}", f"ab: {few[1]}", f"ab: C {few[2]}"]
+  np.testing.assert_allclose(titled, loaded.encode(joined), atol=1e-6)
+  with pytest.raises(ConfigError, match="no prompt 'document'"):
+    embedder.encode_document(few)
+  with pytest.raises(ConfigError, match="2 titles of 3 texts"):
+    embedder.encode_document(few, ["A", "B"], prompt="query")
+  with pytest.raises(AttributeError, match="no attribute 'Encoder'"):
+    _ = embgemma.Encoder
 
 
 def test_directories_that_are_no_checkpoints(tmp_path, model_dir):
