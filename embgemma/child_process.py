@@ -16,7 +16,10 @@ prctl = getattr(ctypes.CDLL(None), "prctl", None)
 if prctl is not None:
   prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 if os.getppid() == int(sys.argv[1]):
-  os.execvp(sys.argv[2], sys.argv[2:])
+  try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+  except OSError as error:
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
 """
 
 

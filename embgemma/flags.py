@@ -398,9 +398,11 @@ def _add_benchmark_flags(parser: argparse.ArgumentParser) -> None:
     "--corpus", help="passages of XOR-Retrieve: DPR's TSV, or JSONL with title and text"
   )
   group.add_argument("--xtreme_up", help="the folder retrieval_cross_lang")
-  group.add_argument("--split", default="test", choices=("test", "validation", "train"))
   group.add_argument(
-    "--query_prompt", default="query", help="name of the prompt of questions"
+    "--split", choices=("test", "validation", "train"), help="default: test"
+  )
+  group.add_argument(
+    "--query_prompt", help="name of the prompt of questions; default: query"
   )
 
 

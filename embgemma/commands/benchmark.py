@@ -29,6 +29,13 @@ def run_benchmark(options: argparse.Namespace) -> None:
   )
   if not chosen:
     raise ConfigError("no tasks: give --benchmark, --tasks or --task_modules")
+  unknown = sorted(wanted_lengths.keys() - {task.metadata.name for task in chosen})
+  if unknown:
+    raise ConfigError(f"--task_lengths: {', '.join(unknown)}: not among the tasks")
+  try:
+    pathlib.Path(options.results).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f"--results={options.results}: {error.strerror}") from error
   if options.mteb_data:
     for name in mteb_runner.use_local_data(chosen, pathlib.Path(options.mteb_data)):
       say(f"{name}: not in {options.mteb_data}; from the hub or its cache")
@@ -176,7 +183,9 @@ def crosslingual_results(
     return found
   for width in widths:
     embedder.check_width(width)
-  chosen = TaskPrompts(options.query_prompt, table=embedder.description.prompts)
+  chosen = TaskPrompts(
+    options.query_prompt or "query", table=embedder.description.prompts
+  )
   if options.xor_retrieve:
     found |= crosslingual.evaluate_xor_retrieve(
       embedder.encode,
@@ -189,6 +198,6 @@ def crosslingual_results(
   if options.xtreme_up:
     directory = pathlib.Path(options.xtreme_up)
     found |= crosslingual.evaluate_xtreme_up(
-      embedder.encode, chosen, widths, directory, options.split
+      embedder.encode, chosen, widths, directory, options.split or "test"
     )
   return found

@@ -16,9 +16,20 @@ from embgemma.models.config import VECTOR_FORMATS
 if TYPE_CHECKING:
   from embgemma.inference.embedder import CheckpointEmbedder
 
-_NO_SAMPLES = (
-  "--intervals and --against are of sets in --data or EVALUATIONS, not of mteb's"
+# Flags that only one of the two kinds of evaluation reads.
+_OF_SETS = (
+  *("data", "gin_file", "output", "bm25", "intervals", "against"),
+  *("xor_retrieve", "corpus", "xtreme_up", "query_prompt", "split"),
 )
+_OF_BENCHMARKS = (
+  *("results", "mteb_data", "model_name", "task_lengths", "joined_titles"),
+)
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], kind: str) -> None:
+  given = [f"--{name}" for name in names if getattr(options, name)]
+  if given:
+    raise ConfigError(f"{', '.join(given)}: not for {kind}; they are another command")
 
 
 def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -28,6 +39,10 @@ def evaluation_entries(data: Iterable[str]) -> dict[str, dict[str, str]]:
     name, separator, path = item.partition("=")
     if not separator or not name or not path:
       raise ConfigError(f"--data={item}: write NAME=PATH or NAME=PATH:KIND")
+    if name in entries:
+      raise ConfigError(
+        f"--data={item}: there is another {name!r}; give it a name of its own"
+      )
     head, colon, kind = path.rpartition(":")
     if colon and head and head not in ("builtin", "mteb") and "/" not in kind:
       entries[name] = {"path": head, "kind": kind}
@@ -49,15 +64,12 @@ def _declared(options: argparse.Namespace, bindings: Sequence[str]) -> dict[str,
 def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   """Prints how well a checkpoint does on evaluation data."""
   if options.benchmark or options.tasks or options.task_modules:
-    if options.data or options.gin_file or bindings:
-      raise ConfigError(
-        "--benchmark, --tasks and --task_modules are mteb's; --data and EVALUATIONS of "
-        "gin are another command"
-      )
-    if options.intervals or options.against:
-      raise ConfigError(_NO_SAMPLES)
+    if bindings:
+      raise ConfigError("--benchmark, --tasks and --task_modules take no --gin flags")
+    _refuse(options, _OF_SETS, "--benchmark, --tasks and --task_modules")
     benchmark.run_benchmark(options)
     return
+  _refuse(options, _OF_BENCHMARKS, "sets of --data and EVALUATIONS")
   from rich.console import Console
 
   from embgemma.evaluation import suite
@@ -83,13 +95,22 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
       f"--vectors={options.vectors}: there are {', '.join(VECTOR_FORMATS)}, got "
       f"{', '.join(unknown)}"
     )
-  evaluators = suite.evaluators(entries, widths, vectors)
+  if vectors != ["float32"] and (options.xor_retrieve or options.xtreme_up):
+    raise ConfigError("--vectors is for sets of --data and EVALUATIONS, and for mteb's")
+  if (
+    options.against
+    and pathlib.Path(options.against).resolve()
+    == pathlib.Path(options.checkpoint).resolve()
+  ):
+    raise ConfigError("--against: is --checkpoint itself")
+  table = embedder.description.prompts
+  evaluators = suite.evaluators(entries, widths, vectors, table)
   for evaluator in evaluators:
     evaluator.check()
   sampled = [each for each in evaluators if isinstance(each, suite.SampledEvaluator)]
   sampling = options.intervals or options.against
   if sampling and not sampled:
-    raise ConfigError(_NO_SAMPLES)
+    raise ConfigError("--intervals and --against are for sets of --data or EVALUATIONS")
   embedders = {options.checkpoint: embedder}
   if options.against:
     embedders[options.against] = _embedder(options, options.against)

@@ -92,7 +92,8 @@ def _held_out_score(data: Sequence[str]) -> Callable[[Any], float]:
       encoders.append(TextEncoder(config, model.vocabulary, length))
     params = jax.device_put(model.params)  # once, not once a batch
     encode = functools.partial(encoders[0].encode, params)
-    evaluators = suite.evaluators(entries, (config.embedding_width,))
+    table = model.description.prompts
+    evaluators = suite.evaluators(entries, (config.embedding_width,), table=table)
     return suite.mean_score({each.name: each.evaluate(encode) for each in evaluators})
 
   return score

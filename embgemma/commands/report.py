@@ -60,12 +60,13 @@ def _benchmark(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, s
   with of_extra("--benchmark", "eval"):
     tasks = mteb_runner.tasks(options.benchmark, (), ())
   types = {task.metadata.name: task.metadata.type for task in tasks}
-  scores: dict[str, Any] = {}
-  for path in map(pathlib.Path, options.results):
+  paths = [pathlib.Path(path) for path in options.results]
+  folders = [path for path in paths if path.suffix != ".csv"]
+  scores = benchmark_scores.read_results(folders, tasks)
+  for path in paths:
     if path.suffix == ".csv":
-      scores |= benchmark_scores.read_table(path, options.benchmark)
-    else:
-      scores |= benchmark_scores.read_results([path], tasks)
+      for model, of in benchmark_scores.read_table(path, options.benchmark).items():
+        scores[model] = scores.get(model, {}) | of
   if not scores:
     raise DataError(
       f"{', '.join(options.results)}: no whole result of a task of {options.benchmark}"
@@ -83,7 +84,8 @@ def _spaces(checkpoint: str, data: Sequence[str]) -> Mapping[str, Any]:
   process.keep_compilations()
   embedder = CheckpointEmbedder(checkpoint)
   spaces = {}
-  for each in suite.evaluators(evaluation_entries(data), (1,)):
+  table = embedder.description.prompts
+  for each in suite.evaluators(evaluation_entries(data), (1,), table=table):
     if not isinstance(each, RetrievalEvaluator):
       raise ConfigError(
         f"--map: {each.name} is no retrieval set; only those have texts"

@@ -1,6 +1,7 @@
 """The command that searches mixtures: trials are runs of `embgemma train`."""
 
 import argparse
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -9,36 +10,44 @@ from embgemma.commands.messages import said_errors, say
 from embgemma.commands.training import ensure_cached
 from embgemma.errors import ConfigError, of_extra
 
+_START = "INITIAL_CHECKPOINT_PATH"
 # What workers of one search may give differently.
-_OWN = ("SEARCH_DIR", "SEARCH_STORAGE", "CACHE_DIR", "PROPOSED_TRIALS", "EXPERTS")
+_OWN = (
+  *("SEARCH_DIR", "SEARCH_STORAGE", "CACHE_DIR", "PROPOSED_TRIALS", "EXPERTS"),
+  *("PROFILE_STEPS", _START),
+)
 
 
 def run_search(
   options: argparse.Namespace, bindings: Sequence[str], command_line: Sequence[str]
 ) -> None:
   """Does trials of a search until it has all, then writes what was found."""
+  with of_extra("`embgemma search`", "search"):
+    from embgemma.mixture_search import results
+    from embgemma.mixture_search.study import MixtureStudy, SearchPlan
+    from embgemma.mixture_search.training import TrainingTrials
   from embgemma import gin_config
   from embgemma.data import cache
   from embgemma.mixture_search.config import MixtureSearch
+  from embgemma.recipe.config import as_gin
   from embgemma.training import stages
 
   configure(options, bindings)
   search: MixtureSearch = gin_config.resolve("MixtureSearch")
-  proxy = [f"{name}={value!r}" for name, value in search.proxy.items()]
+  proxy = [f"{name}={as_gin(value)}" for name, value in search.proxy.items()]
   configure(options, [*bindings, *proxy])
   arguments = gin_config.train_arguments(allowed=("MODEL_DIR",))
   stages.make_stage(*(arguments[name] for name in ("model", "objective", "data")))
   objectives = search.judged(tuple(arguments["evaluations"]))
-  settings = "\n".join(gin_config.config(without=_OWN))
+  # The same start may be written in several ways.
+  start = arguments.get("initial_checkpoint_path")
+  lines = [*gin_config.config(without=_OWN), f"{_START} = {start and _real(start)!r}"]
+  settings = "\n".join(lines)
   ensure_cached(arguments["data"], command_line)
   manifest = cache.manifest(arguments["data"])
   assert manifest is not None
   tasks = {task.name: task.rate for task in manifest.tasks}
   shares = search.members(tasks)
-  with of_extra("`embgemma search`", "search"):
-    from embgemma.mixture_search import results
-    from embgemma.mixture_search.study import MixtureStudy, SearchPlan
-    from embgemma.mixture_search.training import TrainingTrials
   plan = SearchPlan(
     groups={g: sum(tasks[task] for task in of) for g, of in shares.items()},
     objectives=tuple(objectives),
@@ -57,8 +66,15 @@ def run_search(
     result = results.conclude(plan, study.records(), search.experts)
     results.write(result, directory, shares)
   if not result.experts:
-    raise ConfigError(f"no trial of {search.url} succeeded; see {directory / 'trials'}")
+    raise ConfigError(
+      f"no trial of {search.url} succeeded; see {directory / 'trials'}. Failed trials "
+      "are not done again: mend what they say, and delete the study or choose another"
+    )
   print(results.markdown(result))
+
+
+def _real(path: str) -> str:
+  return path if "://" in path else os.path.realpath(path)
 
 
 def _train_flags(options: argparse.Namespace, bindings: Sequence[str]) -> list[str]:

@@ -25,12 +25,14 @@ class Geometry:
     anisotropy: Mean cosine of pairs of documents; 0 for an even space.
     effective_rank: exp of the entropy of the normalised singular values of the
       documents (Roy and Vetterli, 2007): directions in use, at most the width.
-    hubness: Skewness of how often a document is among the ten nearest of the queries
-      (Radovanovic et al., 2010); 0 without hubs.
-    length_bias: Spearman's correlation of that number and documents' lengths.
+    hubness: Skewness of how often a document is among the ten nearest of the others
+      (Radovanovic et al., 2010); some .3 without hubs.
+    length_bias: Spearman's correlation of how often a document is among the ten nearest
+      of the queries and documents' lengths.
     language_bias: How much larger the share of a query's own language is among its ten
-      nearest documents than among all, the relevant one left out; None where no
-      languages are known. 0 is blind to language, as retrieval across them wants it.
+      nearest documents than among all, the relevant one left out; None where no query
+      has documents of its language and of others. 0 is blind to language, as retrieval
+      across them wants it.
   """
 
   alignment: float
@@ -74,12 +76,20 @@ def analyse(
     uniformity=float(np.log(np.mean(np.exp(-2 * (2 - 2 * cosines))))),
     anisotropy=float(cosines.mean()),
     effective_rank=effective_rank(documents),
-    hubness=skewness(counts),
+    hubness=skewness(_occurrences(documents)),
     length_bias=spearman(counts, np.asarray(lengths, float)),
     language_bias=_language_bias(
       nearest, relevant, np.array(query_languages), np.array(document_languages)
     ),
   )
+
+
+def _occurrences(documents: Float[np.ndarray, "N E"]) -> Float[np.ndarray, " N"]:
+  """How often each is among the nearest of the others."""
+  _, nearest = search(documents, documents, _NEIGHBOURS + 1)
+  own = nearest == np.arange(len(documents))[:, None]
+  own[~own.any(axis=1), -1] = True  # of more equal ones than neighbours
+  return np.bincount(nearest[~own], minlength=len(documents)).astype(float)
 
 
 def _language_bias(
@@ -94,9 +104,9 @@ def _language_bias(
     others = others[others != ""]
     near = documents[nearest[row][nearest[row] != relevant[row]]]
     near = near[near != ""]
-    if len(near):
-      own = queries[row]
-      apart.append(np.mean(near == own) - np.mean(others == own))
+    share = np.mean(others == queries[row]) if len(others) else 0.0
+    if len(near) and 0 < share < 1:
+      apart.append(np.mean(near == queries[row]) - share)
   return float(np.mean(apart)) if apart else None
 
 

@@ -187,7 +187,8 @@ def _task_score(path: pathlib.Path, task: Any) -> float | None:
     result = TaskResult.from_disk(path)
     if result.get_missing_evaluations(task):
       return None
-    return float(result.validate_and_filter_scores(task).get_score())
+    score = float(result.validate_and_filter_scores(task).get_score())
+    return score if math.isfinite(score) else None
   except (ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
     raise DataError(f"{path}: not a result of mteb's: {error}") from error
 

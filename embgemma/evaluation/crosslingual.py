@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from embgemma.data import prompts
+from embgemma.errors import DataError
 from embgemma.evaluation import xor_retrieve, xtreme_up
 from embgemma.evaluation.exact_search import search
-from embgemma.evaluation.retrieval import EncodeFn
+from embgemma.evaluation.retrieval import EncodeFn, encode_checked
 from embgemma.evaluation.suite import TaskResults
 from embgemma.losses.matryoshka import truncate
 from embgemma.typing import Float
@@ -37,18 +38,23 @@ def evaluate_xor_retrieve(
 
   Raises:
     DataError: a file is damaged.
+    TrainingError: a vector is not finite.
   """
   asked = xor_retrieve.read_questions(questions)
-  vectors = encode([task_prompts.format_query(each.text) for each in asked])
+  name = "xor_retrieve"
+  texts = [task_prompts.format_query(each.text) for each in asked]
+  vectors = encode_checked(encode, texts, name, widths)
   tops = {width: xor_retrieve.TopPassages(_cut(vectors, width)) for width in widths}
   seen = 0
   for block in _blocks(xor_retrieve.read_passages(corpus)):
     texts = [task_prompts.format_document(text, title) for title, text in block]
-    embedded = encode(texts)
+    embedded = encode_checked(encode, texts, name, widths)
     for width, top in tops.items():
       top.add(_cut(embedded, width), block)
     seen += len(block)
     said(seen)
+  if not seen:
+    raise DataError(f"{corpus}: holds no passages")
   results: dict[str, float] = {}
   for width, top in tops.items():
     # As the official baselines hand in: texts, without titles.
@@ -57,7 +63,7 @@ def evaluate_xor_retrieve(
       for each, found in zip(asked, top.found(), strict=True)
     }
     results |= _at(width, xor_retrieve.recalls(asked, ranked))
-  return {"xor_retrieve": results}
+  return {name: results}
 
 
 def evaluate_xtreme_up(
@@ -67,7 +73,7 @@ def evaluate_xtreme_up(
   directory: pathlib.Path,
   split: str,
 ) -> TaskResults:
-  """MRR@10 of each language and their mean.
+  """MRR@10 of each language, and their mean where all of the paper's are there.
 
   Args:
     encode: As of `evaluate_xor_retrieve`, and so on.
@@ -76,13 +82,16 @@ def evaluate_xtreme_up(
 
   Raises:
     DataError: a file is damaged.
+    TrainingError: a vector is not finite.
   """
   data = xtreme_up.read(directory, split)
-  passages = encode(
-    [task_prompts.format_document(t, title) for title, t in data.passages]
-  )
+  name = "xtreme_up"
+  documents = [task_prompts.format_document(t, title) for title, t in data.passages]
+  passages = encode_checked(encode, documents, name, widths)
   questions = {
-    language: encode([task_prompts.format_query(text) for text in texts])
+    language: encode_checked(
+      encode, [task_prompts.format_query(text) for text in texts], name, widths
+    )
     for language, texts in data.questions.items()
   }
   results: dict[str, float] = {}
@@ -93,7 +102,7 @@ def evaluate_xtreme_up(
       for language, vectors in questions.items()
     }
     results |= _at(width, xtreme_up.scores(ranked, data.gold))
-  return {"xtreme_up": results}
+  return {name: results}
 
 
 def _cut(vectors: Float[np.ndarray, "N E"], width: int) -> Float[np.ndarray, "N W"]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from embgemma.data import prompts
-from embgemma.evaluation.retrieval import EncodeFn
+from embgemma.evaluation.retrieval import EncodeFn, encode_checked
 from embgemma.losses.matryoshka import truncate
 from embgemma.typing import Float
 
@@ -48,7 +48,12 @@ class MtebEncoder:
     prompt_type: Any = None,
     **kwargs: Any,
   ) -> Float[np.ndarray, "N W"]:
-    """Unit vectors of the texts of a loader, float32."""
+    """Unit vectors of the texts of a loader, float32.
+
+    Raises:
+      ConfigError: the width exceeds the model's.
+      TrainingError: a vector is not finite.
+    """
     from mteb.models.abs_encoder import get_prompt_name
 
     del hf_split, hf_subset, kwargs
@@ -57,7 +62,9 @@ class MtebEncoder:
     texts: list[str] = []
     for batch in inputs:
       texts += self._texts(batch, prompt)
-    return np.asarray(truncate(self.vectors(texts), self.width))
+    where = task_metadata.name
+    vectors = encode_checked(self.vectors, texts, where, [self.width])
+    return np.asarray(truncate(vectors, self.width))
 
   def _texts(self, batch: Mapping[str, Any], prompt: str) -> list[str]:
     if not (self.titles and "body" in batch and prompts.has_title(prompt)):

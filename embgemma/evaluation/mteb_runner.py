@@ -11,14 +11,15 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import json
+import math
 import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from embgemma.data.prompts import PROMPTS
-from embgemma.errors import ConfigError, DataError, of_extra
+from embgemma.errors import ConfigError, DataError, TrainingError, of_extra
 from embgemma.evaluation.mteb_encoder import MtebEncoder, model_meta
 from embgemma.evaluation.retrieval import EncodeFn
 from embgemma.evaluation.vector_cache import VectorCache
@@ -86,7 +87,7 @@ def tasks(
     benchmark: Such as "MTEB(Multilingual, v2)".
     names: Of registered tasks, or of tasks in `modules`.
     modules: Python modules whose subclasses of mteb's tasks are meant, all of them
-      where neither benchmark nor names are given.
+      where no names are given.
 
   Raises:
     ConfigError: there is no such benchmark, task or module.
@@ -108,7 +109,7 @@ def tasks(
       found.append(mteb.get_task(name))
     except KeyError as error:
       raise ConfigError(f"--tasks: {_said(error)}") from error
-  return found if benchmark or names else list(own.values())
+  return found if names else [*found, *own.values()]
 
 
 def _defined(module: str) -> Iterator[Any]:
@@ -153,8 +154,10 @@ def use_local_data(chosen: Sequence[Any], directory: pathlib.Path) -> list[str]:
   missing = []
   for task in chosen:
     own = directory / task.metadata.name
-    if own.is_dir():
-      source = {"path": str(own), "revision": None}
+    if task.is_aggregate:
+      missing += use_local_data(task.metadata.tasks, directory)
+    elif own.is_dir():
+      source = {**task.metadata.dataset, "path": str(own)}
       task.metadata = task.metadata.model_copy(update={"dataset": source})
     else:
       missing.append(task.metadata.name)
@@ -252,9 +255,8 @@ def _evaluated(
   name, embedded, began = task.metadata.name, vectors.texts, time.monotonic()
   try:
     with _quiet():
-      found = cache.load_task_result(name, meta)
-      whole = found is not None and not found.get_missing_evaluations(task)
-      if not whole:
+      whole = _is_whole(task, meta, cache)
+      if not whole and not task.is_aggregate:
         if not task.data_loaded:
           task.load_data()  # once for all widths
         draws.restart(task)
@@ -264,6 +266,17 @@ def _evaluated(
     return TaskOutcome(name, width, kept, None, text, time.monotonic() - began, 0)
   seconds = 0.0 if whole else time.monotonic() - began
   return TaskOutcome(name, width, kept, score, "", seconds, vectors.texts - embedded)
+
+
+def _is_whole(task: Any, meta: Any, cache: Any) -> bool:
+  """Whether all splits and subsets of a task are in the results."""
+  name = task.metadata.name
+  try:
+    found = cache.load_task_result(name, meta)
+  except json.JSONDecodeError:  # mteb was killed while it wrote
+    cache.get_task_result_path(name, meta).unlink()
+    return False
+  return found is not None and not found.get_missing_evaluations(task)
 
 
 def _compressed(encoder: MtebEncoder, kept: str) -> Any:
@@ -288,7 +301,11 @@ def _score(encoder: Any, task: Any, cache: Any) -> float:
     show_progress_bar=False,
   )
   (of_task,) = result.task_results
-  return float(of_task.get_score())
+  # Of its own: another benchmark may have asked for more of the task.
+  score = float(of_task.validate_and_filter_scores(task).get_score())
+  if not math.isfinite(score):
+    raise TrainingError("its score is not a number: all texts are as close")
+  return score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,11 +316,13 @@ class MtebEvaluator:
     name: The task's name in results.
     task: Its name in mteb.
     widths: Prefixes to cut; texts are embedded once for all of them.
+    prompts: By mteb's keys.
   """
 
   name: str
   task: str
   widths: Sequence[int]
+  prompts: Mapping[str, str]
 
   @functools.cached_property
   def _loaded(self) -> tuple[Any, "_Draws"]:
@@ -338,7 +357,7 @@ class MtebEvaluator:
     task, draws = self._loaded
     for width in self.widths:
       meta = model_meta("embgemma/run", "none", width, 0, {})
-      encoder = MtebEncoder(meta, vectors, width, PROMPTS)
+      encoder = MtebEncoder(meta, vectors, width, self.prompts)
       with _quiet():
         draws.restart(task)
         found[f"main_score/{width}"] = _score(encoder, task, None)
@@ -346,15 +365,17 @@ class MtebEvaluator:
 
 
 class _Draws:
-  """Samples that a task draws, such as clustering's: the same at every width."""
+  """Samples that a task draws, such as clustering's: the same at every width.
+
+  Of a task of several subsets, as long as all are evaluated: one that goes on in their
+  midst draws others for the rest, as it does in mteb.
+  """
 
   def __init__(self) -> None:
     self._states: dict[str, Any] = {}
 
   def restart(self, task: Any) -> None:
     """Takes the task's generators back to where they were at the first call."""
-    if not hasattr(task, "rng_state"):
-      return  # one that only sums others up
     if not self._states:
       numbers = copy.deepcopy(task.np_rng.bit_generator.state)
       self._states = {"python": task.rng_state.getstate(), "numpy": numbers}

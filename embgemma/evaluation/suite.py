@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from embgemma.data import builtin_corpus
-from embgemma.data.prompts import TASK_PROMPTS
+from embgemma.data.prompts import PROMPTS, TASK_PROMPTS, TaskPrompts, task_prompts
 from embgemma.errors import ConfigError, DataError
 from embgemma.evaluation.bm25 import bm25_metrics
 from embgemma.evaluation.mteb_runner import MtebEvaluator
@@ -63,6 +63,7 @@ def evaluators(
   entries: Mapping[str, str | Mapping[str, Any]],
   widths: Sequence[int],
   vectors: Sequence[str] = ("float32",),
+  table: Mapping[str, str] = PROMPTS,
 ) -> tuple[Evaluator, ...]:
   """Evaluators from a mapping, as gin's EVALUATIONS gives it.
 
@@ -71,14 +72,18 @@ def evaluators(
       in the BEIR layout, a JSONL file of pairs, "builtin:TASK", "mteb:TASK" (mteb's
       task of that name, with its own prompts and main score), or for the kinds
       "sts" and "pair_classification" a JSONL file of sentence pairs; any other kind
-      picks the prompts of a retrieval task (default "search").
+      picks the prompts of a retrieval task (default "search"), "A/B" prompt A for
+      queries and B for documents.
     widths: Matryoshka widths.
-    vectors: Formats in which vectors are kept (`vector_formats`).
+    vectors: Formats in which vectors are kept (`vector_formats`); mteb's tasks have
+      float32.
+    table: The model's prompts by name; those that it lacks are of PROMPTS.
 
   Raises:
     ConfigError: unknown kind or key.
   """
   made: list[Evaluator] = []
+  table = {**PROMPTS, **table}
   for name, entry in entries.items():
     options: dict[str, Any]
     options = {"path": entry} if isinstance(entry, str) else dict(entry)
@@ -90,22 +95,26 @@ def evaluators(
     if path.startswith(MTEB):
       if "kind" in options:
         raise ConfigError(f"evaluation {name!r}: a task of mteb's has its own kind")
-      made.append(MtebEvaluator(name, path.removeprefix(MTEB), widths))
+      if tuple(vectors) != ("float32",):
+        raise ConfigError(
+          f"evaluation {name!r}: of mteb's tasks vectors of other formats are for "
+          "`embgemma eval --tasks`"
+        )
+      made.append(MtebEvaluator(name, path.removeprefix(MTEB), widths, table))
       continue
     builtin = path.removeprefix(BUILTIN) if path.startswith(BUILTIN) else ""
     default = builtin_corpus.TASKS.get(builtin, "search")
     kind = options.get("kind", default)
     if kind == "sts":
-      made.append(StsEvaluator(name, path, widths=widths, vectors=vectors))
+      both = TaskPrompts("STS", "STS", table)
+      made.append(StsEvaluator(name, path, both, widths, vectors))
     elif kind == "pair_classification":
-      made.append(
-        PairClassificationEvaluator(name, path, widths=widths, vectors=vectors)
-      )
-    elif kind in TASK_PROMPTS:
+      both = TaskPrompts("PairClassification", "PairClassification", table)
+      made.append(PairClassificationEvaluator(name, path, both, widths, vectors))
+    elif kind in TASK_PROMPTS or "/" in kind:
       data = builtin_retrieval(builtin) if builtin else path
-      made.append(
-        RetrievalEvaluator(name, data, TASK_PROMPTS[kind], widths, vectors=vectors)
-      )
+      sides = task_prompts(kind, table)
+      made.append(RetrievalEvaluator(name, data, sides, widths, vectors=vectors))
     else:
       raise ConfigError(
         f"evaluation {name!r}: unknown kind {kind!r}; there are "

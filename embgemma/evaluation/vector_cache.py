@@ -21,7 +21,6 @@ class VectorCache:
 
   Attributes:
     texts: Embedded, each once.
-    asked: For, in all.
   """
 
   def __init__(self, encode: EncodeFn):
@@ -29,7 +28,6 @@ class VectorCache:
     self._rows: dict[bytes, int] = {}
     self._file = tempfile.TemporaryFile()  # noqa: SIM115 (ends with the object)
     self._width = 0
-    self.asked = 0
 
   @property
   def texts(self) -> int:
@@ -37,7 +35,6 @@ class VectorCache:
 
   def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "N E"]:
     """Vectors in the order of the texts."""
-    self.asked += len(texts)
     keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
     new: dict[bytes, str] = {}
     for key, text in zip(keys, texts, strict=True):
@@ -55,9 +52,3 @@ class VectorCache:
       return self._encode([])
     kept = np.memmap(self._file, "<f4", mode="r", shape=(len(self._rows), self._width))
     return np.asarray(kept[[self._rows[key] for key in keys]])
-
-  def clear(self) -> None:
-    """Forgets all texts: those of the next task are others."""
-    self._rows.clear()
-    self._file.seek(0)
-    self._file.truncate()

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from embgemma.data.jsonl import read_jsonl
+from embgemma.data.jsonl import decode_line, read_jsonl
 from embgemma.errors import DataError
 from embgemma.evaluation.exact_search import search
 from embgemma.typing import Float
 
-LANGUAGES = ("ar", "bn", "fi", "ja", "ko", "ru", "te")
 TOKENS = (2_000, 5_000)
 # Enough of 100 words each for the most tokens; the official runs hand in 100, too.
 DEPTH = 100
@@ -32,7 +31,7 @@ class Question:
 
   Attributes:
     name: Its id.
-    language: One of LANGUAGES.
+    language: Such as "ja".
     text: In that language.
     answers: English spans, any of which counts.
   """
@@ -63,8 +62,9 @@ def read_questions(path: pathlib.Path) -> list[Question]:
       and all(isinstance(answer, str) for answer in answers)
     ):
       raise DataError(f"{where}: needs id, lang, question and a list of answers")
-    if answers and answers[0] not in _YES_NO:
-      found.append(Question(str(name), language, text, tuple(answers)))
+    spans = tuple(answer for answer in answers if answer not in _YES_NO)
+    if spans:
+      found.append(Question(str(name), language, text, spans))
   if not found:
     raise DataError(f"{path}: holds no question with an answer")
   return found
@@ -162,18 +162,18 @@ def read_passages(path: pathlib.Path) -> Iterator[Passage]:
       yield title, text
     return
   for number, line in read_lines(path):
-    fields = line.decode("utf-8").rstrip("\r\n").split("\t")
+    fields = decode_line(path, number, line).rstrip("\r\n").split("\t")
     if len(fields) != 3:
       raise DataError(
         f"{path}:{number}: has {len(fields)} fields; DPR's corpus has id, text, title"
       )
     if number == 1 and fields == ["id", "text", "title"]:
       continue
-    yield fields[2], _unquoted(fields[1])
+    yield _unquoted(fields[2]), _unquoted(fields[1])
 
 
 def _unquoted(text: str) -> str:
-  """DPR's passages are in quotes that the csv module wrote."""
+  """DPR's passages, and titles with a quote, are in quotes of the csv module."""
   if len(text) > 1 and text.startswith('"') and text.endswith('"'):
     return text[1:-1].replace('""', '"')
   return text

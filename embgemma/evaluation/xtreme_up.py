@@ -20,7 +20,6 @@ LANGUAGES = (
   *("as", "bho", "brx", "gbm", "gom", "gu", "hi", "hne", "kn", "mai"),
   *("ml", "mni", "mr", "mwr", "or", "pa", "ps", "sa", "ta", "ur"),
 )
-SPLITS = ("test", "validation", "train")
 DEPTH = 10
 _INDEX = "index.jsonl"
 
@@ -47,7 +46,7 @@ def read(directory: pathlib.Path, split: str = "test") -> Retrieval:
 
   Args:
     directory: Holds index.jsonl and a folder for each split.
-    split: One of SPLITS.
+    split: "test", "validation" or "train".
 
   Raises:
     DataError: a file is missing or damaged, or a question's passage is not among them.
@@ -114,10 +113,12 @@ def mrr(ranked: Sequence[Sequence[int]], gold: Sequence[int]) -> float:
 def scores(
   ranked: Mapping[str, Sequence[Sequence[int]]], gold: Mapping[str, Sequence[int]]
 ) -> dict[str, float]:
-  """MRR@10 in 0..1, of each language and as their mean.
+  """MRR@10 in 0..1, of each language and, where all of LANGUAGES are there, their mean.
 
   Keys are such as "mrr@10" and "mrr@10:hi".
   """
   by_language = {name: mrr(of, gold[name]) for name, of in ranked.items()}
-  mean = float(np.mean(list(by_language.values())))
-  return {"mrr@10": mean} | {f"mrr@10:{name}": of for name, of in by_language.items()}
+  found = {f"mrr@10:{name}": of for name, of in by_language.items()}
+  if set(LANGUAGES) <= by_language.keys():
+    found["mrr@10"] = float(np.mean([by_language[name] for name in LANGUAGES]))
+  return found

@@ -178,7 +178,7 @@ def markdown(result: SearchResult) -> str:
   lines = ["# Mixture search", ""]
   if result.noise:
     spread = ", ".join(f"{o} {100 * s:.2f}" for o, s in result.noise.items())
-    repeats = result.plan.seed_repeats
+    repeats = sum(t.role == "seed" and t.state == "complete" for t in result.trials)
     lines += [f"Noise, the standard deviation of {repeats} seeds: {spread}.", ""]
   rows = [
     [

@@ -171,6 +171,10 @@ class TrialError(Exception):
   """A trial has no scores; its message says why. The search goes on."""
 
 
+class TrialKilledError(Exception):
+  """A trial was ended from outside: it stays open, and this worker ends."""
+
+
 class _SurplusError(Exception):
   """Another worker took the last trial in the same moment."""
 
@@ -320,7 +324,10 @@ class MixtureStudy:
     except TrialPruned:
       say(f"{name}: stopped early")
       raise
-    except KeyboardInterrupt:  # the trial stays open, and is queued again
+    # No Exception to Optuna: the trial stays open, and is queued again.
+    except TrialKilledError as error:
+      raise SystemExit(f"embgemma: error: {error}") from None
+    except KeyboardInterrupt:
       raise SystemExit(128 + signal.SIGINT) from None
     trial.set_user_attr(SCORES, dict(scores))
     say(f"{name}: {' '.join(f'{o}={s:.4f}' for o, s in scores.items())}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,12 @@ import numpy as np
 
 from embgemma.child_process import child_process
 from embgemma.evaluation.suite import TaskResults, main_scores, read_results
-from embgemma.mixture_search.study import MixtureTrial, Report, TrialError
+from embgemma.mixture_search.study import (
+  MixtureTrial,
+  Report,
+  TrialError,
+  TrialKilledError,
+)
 
 _POLL_SECONDS = 1.0
 _LOG = "train.log"
@@ -37,6 +43,7 @@ class TrainingTrials:
 
     Raises:
       TrialError: the run ended with an error, or without results.
+      TrialKilledError: it was killed, which says nothing of the mixture.
     """
     run = self.directory / "trials" / f"{trial.index:04d}"
     run.mkdir(parents=True, exist_ok=True)
@@ -53,6 +60,11 @@ class TrainingTrials:
       while child.poll() is None:
         time.sleep(_POLL_SECONDS)
         self._report(run, report, said)
+    if child.returncode < 0 or child.returncode == 128 + signal.SIGTERM:
+      raise TrialKilledError(
+        f"trial {trial.index + 1}: `embgemma train` was killed ({child.returncode}; -9 "
+        f"is often memory, see {run / _LOG}); the same command goes on with it"
+      )
     if child.returncode:
       raise TrialError(
         f"`embgemma train` ended with {child.returncode}: {_last_line(run / _LOG)}; "

@@ -148,7 +148,7 @@ class Stage:
   @property
   def bindings(self) -> list[str]:
     """NAME=VALUE of each macro, as --gin has it."""
-    return [f"{name}={_as_gin(value)}" for name, value in self.all_macros.items()]
+    return [f"{name}={as_gin(value)}" for name, value in self.all_macros.items()]
 
   @property
   def arguments(self) -> list[str]:
@@ -327,7 +327,7 @@ def _is_literal(value: Any) -> bool:
   return value is None or isinstance(value, bool | int | float | str)
 
 
-def _as_gin(value: Any) -> str:
+def as_gin(value: Any) -> str:
   """Of --gin.NAME=VALUE, where what is no literal is a string or a reference."""
   if not isinstance(value, str):
     return repr(value)

@@ -30,7 +30,7 @@ FREE_MACROS = ("CACHE_DIR", "PROFILE_STEPS", "SEARCH_STORAGE")
 """Those that change no result."""
 _FREE_FLAGS = (
   *("max_cost", "price", "texts_per_minute", "tokens_per_minute"),
-  *("tokens_per_batch", "keep_work", "multiprocess"),
+  *("tokens_per_batch", "keep_work", "multiprocess", "workers", "pipeline_options"),
 )
 _QUOTED = re.compile(r"""'([^'\n]+)'|"([^"\n]+)\"""")
 

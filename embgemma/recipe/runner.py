@@ -159,7 +159,7 @@ class _Run:
     for status in self._status.values():
       if status.stage.writes and status.state in ("running", "complete"):
         _point(self._root / status.stage.name, status.stage.directory.name)
-      elif status.state == "waiting":
+      elif status.state == "waiting" and status.stage.name in self._wanted:
         _point(self._root / status.stage.name, None)
     self._write()
 

@@ -1,5 +1,6 @@
 """Held-out results of models, side by side."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,8 @@ from embgemma.evaluation.suite import (
 )
 from embgemma.models.config import VECTOR_FORMATS
 from embgemma.reporting.document import Section, Table
-from embgemma.reporting.records import Records
+from embgemma.reporting.records import RECIPE_KEY, Records
 
-RECIPE_KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
 _SEED = re.compile(r"_seed\d+$")  # of a recipe's stages
 _OF_CODES = (f"{metric} ({name})" for name in VECTOR_FORMATS for metric in MAIN_METRICS)
 _SHOWN = (*MAIN_METRICS, *_OF_CODES, LOSS, "perplexity")
@@ -30,12 +30,38 @@ def of_embedder(results: TaskResults) -> bool:
 
 
 def final_results(records: Records) -> dict[str, TaskResults]:
-  """Of each model that is done and was evaluated, its last results by its name."""
-  found = {run.name: run.final for run in records.runs if run.complete and run.final}
-  for evaluation in records.evaluations:
-    for column, of in evaluation.results.items():
-      found[RECIPE_KEY.sub("", column)] = of
+  """Of each model that is done and was evaluated, its last results by its name.
+
+  Files of evaluations have a column of one name for what was evaluated in several
+  commands; where their sets are the same, they are of models of one name.
+  """
+  found: dict[str, TaskResults] = {}
+  runs = [(run.name, run.name, run.final) for run in records.runs if run.complete]
+  evaluated = [
+    (RECIPE_KEY.sub("", column), each.name, of)
+    for each in records.evaluations
+    for column, of in each.results.items()
+  ]
+  for column, source, of in [*(each for each in runs if each[2]), *evaluated]:
+    name = column
+    if found.get(column, {}).keys() & of.keys():
+      name = f"{column} ({source})"
+    for number in itertools.count(2):
+      if not found.get(name, {}).keys() & of.keys():
+        break
+      name = f"{column} ({source}, {number})"
+    found[name] = found.get(name, {}) | of
   return found
+
+
+def _shown(results: TaskResults) -> TaskResults:
+  """The metrics that stand for tasks; of a task without one, such as XTREME-UP, its
+  means."""
+  shown = {}
+  for task, metrics in results.items():
+    wanted = {k: v for k, v in metrics.items() if k.partition("/")[0] in _SHOWN}
+    shown[task] = wanted or {k: v for k, v in metrics.items() if ":" not in k}
+  return shown
 
 
 def results_sections(results: Mapping[str, TaskResults]) -> list[Section]:
@@ -53,7 +79,8 @@ def results_sections(results: Mapping[str, TaskResults]) -> list[Section]:
 
 
 def _results_table(results: Mapping[str, TaskResults], higher: bool) -> Table:
-  heads, rows = report.results_cells(results, _SHOWN)
+  shown = {name: _shown(of) for name, of in results.items()}
+  heads, rows = report.results_cells(shown)
   labels = len(heads) - len(results)
   if higher:
     rows = [row for row in rows if row[0] != "mean"] + _mean_rows(results)
@@ -109,6 +136,7 @@ def _mean_rows(results: Mapping[str, TaskResults]) -> list[list[str]]:
   keys = {key for of in results.values() for metrics in of.values() for key in metrics}
   parts = [key.partition("/") for key in keys]  # those of BM25 have no width
   widths = {int(width) for name, _, width in parts if name in MAIN_METRICS and width}
+  results = {name: _with_main_metrics(of) for name, of in results.items()}
   tasks = {task for of in results.values() for task in of}
   rows = []
   for width in sorted(widths, reverse=True):
@@ -123,6 +151,15 @@ def _mean_rows(results: Mapping[str, TaskResults]) -> list[list[str]]:
       cells.append(f"{100 * np.mean(known):.2f}" if complete else report.MISSING)
     rows.append(["mean", "of main metrics", str(width), *cells])
   return rows
+
+
+def _with_main_metrics(results: TaskResults) -> TaskResults:
+  """The tasks that have one."""
+  return {
+    task: metrics
+    for task, metrics in results.items()
+    if any(key.partition("/")[0] in MAIN_METRICS for key in metrics)
+  }
 
 
 def _at(key: str, width: int) -> bool:

@@ -16,7 +16,7 @@ _RECIPE, _SEARCH, _MODEL = "recipe.json", "search.json", "model.json"
 _EVALUATIONS, _INGREDIENTS = "evaluations.json", "ingredients.json"
 _SYSTEM, _GIN, _ADAPTATION = "system.json", "operative.gin", "adaptation.json"
 _RESULTS = "results.json"
-_KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
+RECIPE_KEY = re.compile(r"-[0-9a-f]{8}$")  # of a recipe's directories
 _STEP = re.compile(r"step \d+")
 
 
@@ -177,7 +177,7 @@ def _named_as(
   paths = [flag for flag in command if flag.startswith("--checkpoint=")]
   if not paths:
     return evaluation
-  stage = prefix + _KEY.sub("", pathlib.Path(paths[-1].partition("=")[2]).name)
+  stage = prefix + RECIPE_KEY.sub("", pathlib.Path(paths[-1].partition("=")[2]).name)
   results = {
     stage if _STEP.fullmatch(column) else column: of
     for column, of in evaluation.results.items()

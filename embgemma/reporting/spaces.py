@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _SHOWN, _NEIGHBOURS, _LETTERS = 25, 5, 160
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-  """The first queries of a set, their documents, and others.
+  """Queries from all over a set, their documents, and others.
 
   Attributes:
     queries: Unit vectors [Q, E].
@@ -46,14 +47,14 @@ class Space:
     """
     data = evaluator.collection
     place = {name: index for index, name in enumerate(data.ids)}
-    asked = list(data.queries.items())[:_QUERIES]
+    # Files may be in the order of languages or subjects: from all over them.
+    asked = _spread(list(data.queries.items()), _QUERIES)
     best = [
       max(data.qrels[name].items(), key=lambda item: item[1])[0] for name, _ in asked
     ]
     chosen = dict.fromkeys(place[name] for name in best)
-    for index in range(len(data.ids)):
-      if len(chosen) >= _DOCUMENTS:
-        break
+    others = [index for index in range(len(data.ids)) if index not in chosen]
+    for index in _spread(others, _DOCUMENTS - len(chosen)):
       chosen.setdefault(index)
     rows = {index: row for row, index in enumerate(chosen)}
     passages = evaluator.passages
@@ -100,6 +101,13 @@ class Space:
         lines.append(f"  {score:.3f} {mark} {_short(self.document_texts[index])}")
       lines.append("")
     return "\n".join(lines)
+
+
+def _spread(values: Sequence[Any], most: int) -> list[Any]:
+  """So many of them, in equal steps."""
+  if len(values) <= most:
+    return list(values)
+  return [values[int(i)] for i in np.linspace(0, len(values) - 1, max(0, most))]
 
 
 def _short(text: str) -> str:

@@ -198,7 +198,8 @@ class EmbeddingStage:
     max_length: int | None,
     tokens: int | None,
   ) -> Evaluation:
-    evaluators = suite.evaluators(entries, self.config.matryoshka_widths)
+    widths = self.config.matryoshka_widths
+    evaluators = suite.evaluators(entries, widths, table=self.data.prompt_table)
     for evaluator in evaluators:
       evaluator.check()
     length = max_length or self.data.max_length

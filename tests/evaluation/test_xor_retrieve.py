@@ -62,11 +62,13 @@ def test_original_files(tmp_path):
     {"id": 7, "lang": "te", "question": "q7", "answers": ["Paris", "the city"]},
     {"id": 8, "lang": "te", "question": "q8", "answers": ["yes"]},
     {"id": 9, "lang": "ar", "question": "q9", "answers": ["no"]},
+    {"id": 10, "lang": "ar", "question": "q10", "answers": ["yes", "Oslo"]},
   ]
   path = tmp_path / "xor_dev.jsonl"
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   assert xor_retrieve.read_questions(path) == [
-    Question("7", "te", "q7", ("Paris", "the city"))
+    Question("7", "te", "q7", ("Paris", "the city")),
+    Question("10", "ar", "q10", ("Oslo",)),
   ]
   path.write_text('{"id": 1, "lang": "te"}\n')
   with pytest.raises(DataError, match=r"xor_dev.jsonl:1: needs id, lang, question"):
@@ -77,8 +79,8 @@ def test_original_files(tmp_path):
 
 
 def test_corpora(tmp_path):
-  rows = ["id\ttext\ttitle", '1\t"He said ""no""."\tA title', "2\tplain\tB"]
-  expected = [("A title", 'He said "no".'), ("B", "plain")]
+  rows = ["id\ttext\ttitle", '1\t"He said ""no""."\t"""A"" title"', "2\tplain\tB"]
+  expected = [('"A" title', 'He said "no".'), ("B", "plain")]
   tsv = tmp_path / "psgs_w100.tsv.gz"
   tsv.write_bytes(gzip.compress("\n".join(rows).encode()))
   assert list(xor_retrieve.read_passages(tsv)) == expected
@@ -88,6 +90,9 @@ def test_corpora(tmp_path):
   bad = tmp_path / "bad.tsv"
   bad.write_text("1\tonly\n")
   with pytest.raises(DataError, match=r"bad.tsv:1: has 2 fields"):
+    list(xor_retrieve.read_passages(bad))
+  bad.write_bytes(b"1\t\xff\tT\n")
+  with pytest.raises(DataError, match=r"bad.tsv:1"):
     list(xor_retrieve.read_passages(bad))
 
 

@@ -15,7 +15,12 @@ def test_reciprocal_ranks():
     {"hi": ranked, "ta": [[0]]}, {"hi": [2, 1, 9, 10], "ta": [0]}
   )
   assert found["mrr@10:ta"] == 1
-  assert found["mrr@10"] == pytest.approx((found["mrr@10:hi"] + 1) / 2)
+  assert "mrr@10" not in found, "a mean of two languages is another number"
+  every = xtreme_up.scores(
+    dict.fromkeys(xtreme_up.LANGUAGES, ranked) | {"ta": [[0]]},
+    {name: [2, 1, 9, 10] for name in xtreme_up.LANGUAGES} | {"ta": [0]},
+  )
+  assert every["mrr@10"] == pytest.approx((19 * every["mrr@10:hi"] + 1) / 20)
 
 
 @pytest.fixture

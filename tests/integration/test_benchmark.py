@@ -1,6 +1,7 @@
 """`embgemma eval` through mteb: tasks of several types, widths, failures, resume."""
 
 import dataclasses
+import functools
 import json
 import sys
 
@@ -56,9 +57,7 @@ def test_texts_are_embedded_once():
   np.testing.assert_array_equal(first, Words()(["a", "b", "a"]))
   np.testing.assert_array_equal(stored(["c", "b"]), Words()(["c", "b"]))
   assert encode.calls == [["a", "b"], ["c"]]
-  assert (stored.texts, stored.asked) == (3, 5)
-  stored.clear()
-  np.testing.assert_array_equal(stored(["d"]), Words()(["d"]))
+  assert stored.texts == 3
   assert stored([]).shape == (0, 16)
 
 
@@ -169,10 +168,60 @@ def test_data_on_the_disk_in_place_of_the_hub(tmp_path):
   Dataset.from_dict(data).to_parquet(tmp_path / "STS12" / "test.parquet")
   chosen = [mteb.get_task("STS12"), mteb.get_task("STS13")]
   assert mteb_runner.use_local_data(chosen, tmp_path) == ["STS13"]
-  chosen[0].load_data()
-  assert chosen[0].dataset["test"]["sentence2"][1] == "d"
+  (outcome,) = mteb_runner.run(
+    model(Words()), chosen[:1], (16,), tmp_path / "results", length=64
+  )
+  assert not outcome.error
+  assert outcome.score == pytest.approx(1), "the pair of one text twice is first"
   with pytest.raises(ConfigError, match="no such directory"):
     mteb_runner.use_local_data(chosen, tmp_path / "none")
+
+
+def test_an_aggregate_is_of_its_tasks(tmp_path):
+  """Loaded and evaluated one by one, from the disk, too."""
+  import mteb
+  from mteb.abstasks.aggregated_task import AbsTaskAggregate
+
+  parts = mteb_runner.tasks(
+    None, ["StdlibSTS", "StdlibSummarization"], ["stdlib_tasks"]
+  )
+  known = mteb.get_task("CQADupstackRetrieval").metadata
+  metadata = known.model_copy(update={"name": "StdlibBoth", "tasks": parts})
+
+  class Both(AbsTaskAggregate):
+    pass
+
+  Both.metadata = metadata
+  outcomes = mteb_runner.run(
+    model(Words()), [Both(), *parts], (16,), tmp_path, length=64
+  )
+  assert [each.error for each in outcomes] == [""] * 3
+  both, *own = (each.score for each in outcomes)
+  assert both == pytest.approx(np.mean(own), abs=1e-6)
+  (tmp_path / "data").mkdir()
+  assert len(mteb_runner.use_local_data([Both()], tmp_path / "data")) == 2
+
+
+def test_a_result_that_was_cut_off_is_done_again(tmp_path):
+  chosen = mteb_runner.tasks(None, ["StdlibSTS"], ["stdlib_tasks"])
+  run = functools.partial(mteb_runner.run, widths=(16,), results=tmp_path, length=64)
+  (first,) = run(model(Words()), chosen)
+  (path,) = tmp_path.rglob("StdlibSTS.json")
+  path.write_text(path.read_text()[:100])
+  (second,) = run(model(Words()), chosen)
+  assert (second.score, second.error) == (first.score, "")
+  assert second.seconds > 0
+
+
+def test_vectors_that_are_not_finite(tmp_path):
+  def broken(texts):
+    return np.full((len(texts), 16), np.nan, np.float32)
+
+  chosen = mteb_runner.tasks(None, ["StdlibSTS"], ["stdlib_tasks"])
+  (outcome,) = mteb_runner.run(model(broken), chosen, (16,), tmp_path, length=64)
+  assert outcome.score is None
+  assert "the embedding of text 0 is not finite" in outcome.error
+  assert not list(tmp_path.rglob("StdlibSTS.json"))
 
 
 def test_among_the_evaluations_of_a_run(tmp_path, monkeypatch):
@@ -221,7 +270,10 @@ def test_the_command(trained, tmp_path, capsys):
   assert "vectors ubinary: mteb has float32" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     cli.main([*flags, "--data=x=y"])
-  assert "are mteb's" in capsys.readouterr().err
+  assert "--data: not for --benchmark, --tasks" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    cli.main([*flags, "--task_lengths=StdlibST=20"])
+  assert "--task_lengths: StdlibST: not among" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     cli.main([*flags[:3], "--tasks=StdlibSTS"])
   assert "--results=DIR" in capsys.readouterr().err

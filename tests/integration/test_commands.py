@@ -245,7 +245,7 @@ def test_two_checkpoints_example_by_example(trained, workspace):
     "eval", f"--checkpoint={trained}", "--tasks=STS12", "--intervals"
   )
   assert refused.returncode == 1
-  assert "--intervals and --against are of sets in --data" in refused.stderr
+  assert "--intervals: not for --benchmark, --tasks" in refused.stderr
 
 
 def test_explain(trained, workspace):

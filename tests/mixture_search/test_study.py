@@ -15,6 +15,7 @@ from embgemma.mixture_search.study import (
   MixtureStudy,
   SearchPlan,
   TrialError,
+  TrialKilledError,
 )
 
 GROUPS = {"qa": 2.0, "code": 1.0, "web": 1.0}
@@ -73,6 +74,24 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(url):
   failed = {r.index: r.error for r in study.records() if r.state == "failed"}
   assert failed == {1: "out of memory", 3: "no finite score of score"}
   assert len(study.records()) == 7
+
+
+def test_a_killed_trial_stays_open(url):
+  """What was killed from outside says nothing of its mixture: it is done again."""
+  study = MixtureStudy(url, "s", plan())
+
+  def killed(trial, report):
+    if trial.index == 2:
+      raise TrialKilledError("killed (-9)")
+    return score_qa(trial, report)
+
+  with pytest.raises(SystemExit, match=r"killed \(-9\)"):
+    study.work(killed, silent)
+  assert [r.state for r in study.records() if r.is_done] == ["complete"] * 2
+  again = MixtureStudy(url, "s", plan())
+  again.work(score_qa, silent)
+  assert {r.state for r in again.records() if r.is_done} == {"complete"}
+  assert sum(r.state == "complete" for r in again.records()) == 7
 
 
 def test_hopeless_trials_end_early(url):

@@ -73,6 +73,26 @@ def test_bm25_has_no_width(make_run, tmp_path):
   assert rows["mean", "of main metrics", "64"] == ["50.00", "**60.00**", "40.00"]
 
 
+def test_files_of_one_model_and_of_two(tmp_path):
+  """Other sets of "step 5" join it; the same sets are of another model."""
+  contents = {
+    "one": result(a=(0.5, 0.3)),
+    "more": {"x": {"mrr@10/64": 0.25, "mrr@10:hi/64": 0.2}},
+    "other": result(a=(0.7, 0.1)),
+  }
+  files = []
+  for name, of in contents.items():
+    files.append(tmp_path / f"{name}.json")
+    files[-1].write_text(json.dumps({"step 5": of}))
+  text = made(*files).markdown()
+  assert "| task | metric | width | step 5 | step 5 (other.json) |" in text
+  rows = table(text, "Held-out evaluation")
+  assert rows["a", "ndcg@10", "64"] == ["50.00", "**70.00**"]
+  assert rows["x", "mrr@10", "64"] == ["25.00", "–"]
+  assert ("x", "mrr@10:hi", "64") not in rows
+  assert rows["mean", "of main metrics", "64"] == ["50.00", "**70.00**"]
+
+
 def test_other_json_is_refused(tmp_path):
   for content in ({"a": 1}, [1], {"a": {"b": {"c": "d"}}}):
     file = tmp_path / "other.json"
