@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -88,39 +89,35 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   widths = embedder.description.embedder.matryoshka_widths
   if options.widths:
     widths = flags.counts("widths", options.widths)
-  vectors = options.vectors.split(",")
-  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
-  if unknown:
-    raise ConfigError(
-      f"--vectors={options.vectors}: there are {', '.join(VECTOR_FORMATS)}, got "
-      f"{', '.join(unknown)}"
-    )
-  if vectors != ["float32"] and (options.xor_retrieve or options.xtreme_up):
-    raise ConfigError("--vectors is for sets of --data and EVALUATIONS, and for mteb's")
-  if (
-    options.against
-    and pathlib.Path(options.against).resolve()
-    == pathlib.Path(options.checkpoint).resolve()
-  ):
-    raise ConfigError("--against: is --checkpoint itself")
-  table = embedder.description.prompts
-  evaluators = suite.evaluators(entries, widths, vectors, table)
+  vectors = _vectors(options)
+
+  def made(own: "CheckpointEmbedder") -> Sequence[suite.Evaluator]:
+    return suite.evaluators(entries, widths, vectors, own.description.prompts)
+
+  evaluators = made(embedder)
   for evaluator in evaluators:
     evaluator.check()
-  sampled = [each for each in evaluators if isinstance(each, suite.SampledEvaluator)]
+  sampled = suite.sampled(evaluators)
   sampling = options.intervals or options.against
   if sampling and not sampled:
     raise ConfigError("--intervals and --against are for sets of --data or EVALUATIONS")
   embedders = {options.checkpoint: embedder}
   if options.against:
     embedders[options.against] = _embedder(options, options.against)
+    if len(set(map(os.path.realpath, embedders))) == 1:
+      raise ConfigError("--against: is --checkpoint itself")
   columns, samples = {}, {}
   for path, own in embedders.items():
     name = path if options.against else own.name
     encode = VectorCache(own.encode) if sampling else own.encode
-    results = {each.name: each.evaluate(encode) for each in evaluators}
+    asked = evaluators if own is embedder else made(own)
+    results = {each.name: each.evaluate(encode) for each in asked}
     if sampling:
-      samples[name] = [each.sample(encode) for each in sampled]
+      samples[name] = [
+        each.sample(encode)
+        for each in asked
+        if isinstance(each, suite.SampledEvaluator)
+      ]
     results |= benchmark.crosslingual_results(options, own, widths)
     columns[name] = results
   if options.bm25:
@@ -133,6 +130,20 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   if samples:
     metrics = [(each.name, each.main_metric) for each in sampled]
     console.print(intervals_table(metrics, samples, max(widths)))
+
+
+def _vectors(options: argparse.Namespace) -> list[str]:
+  """The formats of --vectors."""
+  vectors: list[str] = options.vectors.split(",")
+  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
+  if unknown:
+    raise ConfigError(
+      f"--vectors={options.vectors}: there are {', '.join(VECTOR_FORMATS)}, got "
+      f"{', '.join(unknown)}"
+    )
+  if vectors != ["float32"] and (options.xor_retrieve or options.xtreme_up):
+    raise ConfigError("--vectors is for sets of --data and EVALUATIONS, and for mteb's")
+  return vectors
 
 
 def _embedder(options: argparse.Namespace, path: str) -> "CheckpointEmbedder":

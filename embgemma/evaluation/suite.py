@@ -123,6 +123,11 @@ def evaluators(
   return tuple(made)
 
 
+def sampled(chosen: Sequence[Evaluator]) -> list[SampledEvaluator]:
+  """Those of which intervals and paired tests can be had: not mteb's tasks."""
+  return [each for each in chosen if isinstance(each, SampledEvaluator)]
+
+
 def bm25_results(chosen: Sequence[Any]) -> TaskResults:
   """BM25 on the retrieval tasks among the evaluators."""
   return {

@@ -33,7 +33,7 @@ def final_results(records: Records) -> dict[str, TaskResults]:
   """Of each model that is done and was evaluated, its last results by its name.
 
   Files of evaluations have a column of one name for what was evaluated in several
-  commands; where their sets are the same, they are of models of one name.
+  commands; where they say different things of a set, they are of models of one name.
   """
   found: dict[str, TaskResults] = {}
   runs = [(run.name, run.name, run.final) for run in records.runs if run.complete]
@@ -43,14 +43,12 @@ def final_results(records: Records) -> dict[str, TaskResults]:
     for column, of in each.results.items()
   ]
   for column, source, of in [*(each for each in runs if each[2]), *evaluated]:
-    name = column
-    if found.get(column, {}).keys() & of.keys():
-      name = f"{column} ({source})"
-    for number in itertools.count(2):
-      if not found.get(name, {}).keys() & of.keys():
+    numbered = (f"{column} ({source}, {number})" for number in itertools.count(2))
+    for name in itertools.chain([column, f"{column} ({source})"], numbered):
+      known = found.get(name, {})
+      if all(known[task] == of[task] for task in known.keys() & of.keys()):
+        found[name] = known | of
         break
-      name = f"{column} ({source}, {number})"
-    found[name] = found.get(name, {}) | of
   return found
 
 

@@ -79,6 +79,7 @@ def test_files_of_one_model_and_of_two(tmp_path):
     "one": result(a=(0.5, 0.3)),
     "more": {"x": {"mrr@10/64": 0.25, "mrr@10:hi/64": 0.2}},
     "other": result(a=(0.7, 0.1)),
+    "again": result(a=(0.5, 0.3)),
   }
   files = []
   for name, of in contents.items():
