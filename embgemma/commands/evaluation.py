@@ -113,11 +113,7 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
     asked = evaluators if own is embedder else made(own)
     results = {each.name: each.evaluate(encode) for each in asked}
     if sampling:
-      samples[name] = [
-        each.sample(encode)
-        for each in asked
-        if isinstance(each, suite.SampledEvaluator)
-      ]
+      samples[name] = [each.sample(encode) for each in suite.sampled(asked)]
     results |= benchmark.crosslingual_results(options, own, widths)
     columns[name] = results
   if options.bm25:
