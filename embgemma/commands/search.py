@@ -14,7 +14,7 @@ _START = "INITIAL_CHECKPOINT_PATH"
 # What workers of one search may give differently.
 _OWN = (
   *("SEARCH_DIR", "SEARCH_STORAGE", "CACHE_DIR", "PROPOSED_TRIALS", "EXPERTS"),
-  *("PROFILE_STEPS", _START),
+  *("PROFILE_STEPS", "WANDB_PROJECT", _START),
 )
 
 

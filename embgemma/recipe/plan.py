@@ -26,7 +26,7 @@ from embgemma.recipe.config import CONFIGURED, OUTPUTS, Recipe, Stage
 
 RECIPE_FILE = "recipe.json"
 _UPSTREAM = "<stage "
-FREE_MACROS = ("CACHE_DIR", "PROFILE_STEPS", "SEARCH_STORAGE")
+FREE_MACROS = ("CACHE_DIR", "PROFILE_STEPS", "SEARCH_STORAGE", "WANDB_PROJECT")
 """Those that change no result."""
 _FREE_FLAGS = (
   *("max_cost", "price", "texts_per_minute", "tokens_per_minute"),

@@ -28,7 +28,7 @@ from embgemma.models import adaptation
 from embgemma.models.config import BackboneConfig, EmbedderConfig
 from embgemma.training import distributed, hardware, warm_start
 from embgemma.training.activation_memory import device_memory, fitting_tokens
-from embgemma.training.metric_writers import EventWriter
+from embgemma.training.metric_writers import EventWriter, WandbWriter
 from embgemma.training.optimizers import OptimizerConfig
 from embgemma.training.partitioning import Partitioner, place_batch
 from embgemma.training.profiling import Profiler
@@ -87,6 +87,8 @@ class Run:
   policy: CheckpointPolicy
   intervals: Intervals
   profiler: Profiler | None
+  wandb_project: str | None
+  operative_gin: str
   console: Console
 
   @property
@@ -151,15 +153,23 @@ def _check_least(least: int, **values: int) -> None:
 
 
 class _Reports:
-  """Progress lines and TensorBoard points of a run; of its first process only."""
+  """Progress lines and points of curves of a run; of its first process only."""
 
   def __init__(self, run: Run, start: int, exits: contextlib.ExitStack):
     self._run = run
     self._progress = exits.enter_context(Progress(run.console, start, run.train_steps))
-    self._writer = None
+    self._writers: list[EventWriter | WandbWriter] = []
     if distributed.is_first():
-      writer = EventWriter(run.model_dir / "tensorboard")
-      self._writer = exits.enter_context(contextlib.closing(writer))
+      self._open(EventWriter(run.model_dir / "tensorboard"), exits)
+      if run.wandb_project is not None:
+        configuration = {"gin": run.operative_gin}
+        project = run.wandb_project
+        self._open(WandbWriter(run.model_dir, project, configuration), exits)
+
+  def _open(
+    self, writer: EventWriter | WandbWriter, exits: contextlib.ExitStack
+  ) -> None:
+    self._writers.append(exits.enter_context(contextlib.closing(writer)))
 
   def interval(self, step: int, values: dict[str, float]) -> None:
     values["learning_rate"] = float(self._run.learning_rate(step - 1))
@@ -177,8 +187,8 @@ class _Reports:
     self._progress.note(f"step {step:,}: {said}")
 
   def _write(self, step: int, values: Mapping[str, float]) -> None:
-    if self._writer is not None:
-      self._writer.scalars(step, values)
+    for writer in self._writers:
+      writer.scalars(step, values)
 
 
 def _profiler(
@@ -277,6 +287,7 @@ def train(
   eval_max_length: int | None = None,
   eval_tokens_per_batch: int | None = None,
   baselines: bool = True,
+  wandb_project: str | None = None,
   operative_gin: str = "",
 ) -> dict[str, suite.TaskResults]:
   """Trains one stage, from its newest checkpoint if it has one.
@@ -312,6 +323,7 @@ def train(
     eval_tokens_per_batch: Token slots of a device in one evaluation batch; None is what
       suits it.
     baselines: Whether to evaluate before the first step, too, and BM25 in the end.
+    wandb_project: Of Weights & Biases, which gets what TensorBoard gets; None is none.
     operative_gin: Kept beside the weights.
 
   Returns:
@@ -385,6 +397,8 @@ def train(
     policy=checkpoint_policy,
     intervals=intervals,
     profiler=_profiler(directory, profile_steps, train_steps, console),
+    wandb_project=wandb_project,
+    operative_gin=operative_gin,
     console=console,
   )
   with contextlib.closing(run.store):

@@ -1,4 +1,4 @@
-"""Scalars to TensorBoard event files, without TensorFlow.
+"""Scalars to TensorBoard event files, without TensorFlow, and to Weights & Biases.
 
 `clu.metric_writers` and `tensorboard.summary.Writer` import TensorFlow where it is
 installed: seconds and half a gigabyte that a trainer must not pay. The record format
@@ -7,6 +7,7 @@ and the protocol messages are the tensorboard package's own.
 
 import os
 import pathlib
+import secrets
 import socket
 import time
 from collections.abc import Mapping
@@ -14,7 +15,10 @@ from collections.abc import Mapping
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from embgemma.checkpoints import write_errors
+from embgemma.checkpoints import write_atomically, write_errors
+from embgemma.errors import ConfigError, of_extra
+
+_WANDB_ID = "wandb_id"  # in MODEL_DIR: a run that resumes is the same there
 
 
 class EventWriter:
@@ -55,3 +59,51 @@ class EventWriter:
   def close(self) -> None:
     with write_errors(self._directory):
       self._records.close()
+
+
+class WandbWriter:
+  """Logs scalars to a run of Weights & Biases, which goes on where training resumes.
+
+  The account's key and WANDB_MODE are as wandb reads them from the environment;
+  "offline" keeps the run in the directory, for `wandb sync`.
+
+  Args:
+    model_dir: Of the training; its name is the run's.
+    project: Where the run is shown.
+    configuration: Shown with the run.
+
+  Raises:
+    ConfigError: wandb is not installed, or refuses.
+    CheckpointError: the directory cannot be written.
+  """
+
+  def __init__(
+    self, model_dir: pathlib.Path, project: str, configuration: Mapping[str, str]
+  ):
+    with of_extra("WANDB_PROJECT", "wandb"):
+      import wandb
+    kept = model_dir / _WANDB_ID
+    if not kept.exists():
+      write_atomically(kept, secrets.token_hex(4).encode())
+    try:
+      self._run = wandb.init(
+        project=project,
+        name=model_dir.resolve().name,
+        id=kept.read_text(),
+        resume="allow",
+        dir=model_dir,
+        config=dict(configuration),
+        # No console: what a run prints is its own, and may be a user's.
+        settings=wandb.Settings(console="off", silent=True),
+      )
+    except (wandb.errors.Error, OSError) as error:
+      raise ConfigError(f"WANDB_PROJECT={project}: {error}") from error
+    # wandb's own step cannot go back, where a run that was killed does.
+    self._run.define_metric("*", step_metric="step")
+
+  def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """Sends named values of a step."""
+    self._run.log({"step": step, **values})
+
+  def close(self) -> None:
+    self._run.finish()

@@ -1,15 +1,18 @@
+import json
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from tensorboard.compat.proto import event_pb2
 from tensorboard.compat.tensorflow_stub import errors, pywrap_tensorflow
 
-from embgemma.errors import CheckpointError
-from embgemma.training.metric_writers import EventWriter
+from embgemma.errors import CheckpointError, ConfigError
+from embgemma.training.metric_writers import EventWriter, WandbWriter
 
 
 def read_events(directory: pathlib.Path) -> list[event_pb2.Event]:
@@ -76,7 +79,7 @@ def test_writing_imports_no_tensorflow(tmp_path):
   program = textwrap.dedent(
     """
     import pathlib, sys
-    from embgemma.training.metric_writers import EventWriter
+    from embgemma.training.metric_writers import EventWriter, WandbWriter
     writer = EventWriter(pathlib.Path(sys.argv[1]))
     writer.scalars(1, {"loss": 1.0})
     writer.close()
@@ -90,3 +93,55 @@ def test_writing_imports_no_tensorflow(tmp_path):
     check=True,
   )
   assert done.stdout == "[]\n"
+
+
+def read_wandb(directory):
+  """Histories of all runs that are kept there, by run id, in order."""
+  from wandb.proto import wandb_internal_pb2
+
+  found = {}
+  for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+    content, at = path.read_bytes(), 7  # of the file's head
+    while at + 7 <= len(content):  # LevelDB's log: CRC, length, type
+      _, length, kind = struct.unpack_from("<IHB", content, at)
+      assert kind in (0, 1), "a record in one piece"
+      if not kind:
+        break
+      record = wandb_internal_pb2.Record.FromString(content[at + 7 : at + 7 + length])
+      at += 7 + length
+      if record.WhichOneof("record_type") == "history":
+        values = {
+          "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+          for item in record.history.item
+        }
+        kept = {k: v for k, v in values.items() if not k.startswith("_")}
+        found.setdefault(path.stem, []).append(kept)
+  return found
+
+
+def test_wandb_has_what_tensorboard_has(tmp_path, monkeypatch):
+  """A run that goes on, from a step before its last, is the same run there."""
+  pytest.importorskip("wandb", reason="of the extra wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  run = tmp_path / "run"
+  run.mkdir()
+  for steps in ((10, 20), (15, 25)):
+    writer = WandbWriter(run, "project", {"gin": "TRAIN_STEPS = 25"})
+    for step in steps:
+      writer.scalars(step, {"loss": 1 / step, "evaluation/mean": 0.5})
+    writer.close()
+    time.sleep(1.1)  # wandb's folders are named by the second
+  name = (run / "wandb_id").read_text()
+  assert read_wandb(run) == {
+    f"run-{name}": [
+      {"step": step, "loss": 1 / step, "evaluation/mean": 0.5}
+      for step in (10, 20, 15, 25)
+    ]
+  }
+
+
+def test_what_wandb_refuses(tmp_path, monkeypatch):
+  pytest.importorskip("wandb", reason="of the extra wandb")
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  with pytest.raises(ConfigError, match=r"WANDB_PROJECT=a/b: "):
+    WandbWriter(tmp_path, "a/b", {})
