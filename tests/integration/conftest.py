@@ -133,6 +133,7 @@ def workspace(tmp_path_factory) -> Iterator[Workspace]:
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": " ".join(f for f in flags if "device_count" not in f),
     "EMBGEMMA_CACHE": str(root / "cache"),
+    "WANDB_MODE": "offline",
     "JAX_COMPILATION_CACHE_DIR": str(root / "programs"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

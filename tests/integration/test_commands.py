@@ -84,6 +84,16 @@ def test_finetune_starts_from_another_checkpoint(
   assert store.shipped_item(store.resolve_step(None)) == "ema"
 
 
+def test_curves_in_weights_and_biases(workspace, tmp_path):
+  pytest.importorskip("wandb", reason="of the extra wandb")
+  flags = ("--gin.WANDB_PROJECT=project", "--gin.train.baselines=False")
+  done = workspace.train(tmp_path / "run", *flags, steps=2)
+  assert done.returncode == 0, done.stderr
+  (kept,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+  assert b"tokens_per_second" in kept.read_bytes()
+  assert b"TRAIN_STEPS = 2" in kept.read_bytes(), "its configuration"
+
+
 def test_soup_of_a_run(trained, workspace, tmp_path):
   """The mean of its steps, which evaluates about as well as they do."""
   flags = (str(trained), f"--output={tmp_path / 'soup'}")
