@@ -108,7 +108,8 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
       raise ConfigError("--against: is --checkpoint itself")
   columns, samples = {}, {}
   for path, own in embedders.items():
-    name = path if options.against else own.name
+    name = _full_name(path, own) if options.against else own.name
+    name = path if name in columns else name
     encode = VectorCache(own.encode) if sampling else own.encode
     asked = evaluators if own is embedder else made(own)
     results = {each.name: each.evaluate(encode) for each in asked}
@@ -126,6 +127,13 @@ def run_eval(options: argparse.Namespace, bindings: Sequence[str]) -> None:
   if samples:
     metrics = [(each.name, each.main_metric) for each in sampled]
     console.print(intervals_table(metrics, samples, max(widths)))
+
+
+def _full_name(path: str, embedder: "CheckpointEmbedder") -> str:
+  """Of one checkpoint among several: its directory's name, and its step."""
+  place = pathlib.Path(path).resolve()
+  directory = place.parents[1] if place.parent.name == "checkpoints" else place
+  return " ".join(dict.fromkeys((directory.name, embedder.name)))
 
 
 def _vectors(options: argparse.Namespace) -> list[str]:

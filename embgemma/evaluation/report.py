@@ -149,7 +149,8 @@ def intervals_table(
 ) -> Table:
   """Returns a table of scores with their 95% intervals, in percent.
 
-  Of two models also the second's gain over the first, its interval and its p-value.
+  Of two models it has their scores, and the second's gain over the first with its
+  interval and its p-value.
 
   Args:
     metrics: Task and metric of each sample.
@@ -161,13 +162,17 @@ def intervals_table(
     table.add_column(label)
   heads = list(map(Text, samples))
   compared = len(samples) == 2
-  for head in [*heads, *([Text("gain"), Text("p")] if compared else [])]:
+  for head in heads:
     table.add_column(head, justify="right")
+  for label in ("gain", "p") if compared else ():
+    table.add_column(label, justify="right", no_wrap=True)
   for (task, metric), *own in zip(metrics, *samples.values(), strict=True):
-    cells = [_interval(statistics.bootstrap(sample)) for sample in own]
     if compared:
       found = statistics.compare(*own)
-      cells += [_interval(found.difference, "+"), f"{found.p_value:.4f}"]
+      scores = [f"{100 * sample.score:.2f}" for sample in own]
+      cells = [*scores, _interval(found.difference, "+"), f"{found.p_value:.4f}"]
+    else:
+      cells = [_interval(statistics.bootstrap(sample)) for sample in own]
     examples = f"{len(own[0].values):,}"
     table.add_row(Text(task), metric, examples, *map(Text, cells))
   return table
