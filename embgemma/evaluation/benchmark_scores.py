@@ -8,6 +8,7 @@ missing; Borda counts give a missing task no points.
 import csv
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import IO, Any

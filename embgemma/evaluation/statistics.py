@@ -8,8 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-
-from embgemma.typing import Float, Int
+from jaxtyping import Float, Int
 
 DRAWS = 2_000
 CONFIDENCE = 0.95
