@@ -323,9 +323,12 @@ def split_roles(
 
 
 def by_role(
-  texts: Shaped[ArrayLike, "n *rest"], examples: int
+  texts: Shaped[ArrayLike, "n *rest"],  # noqa: F821 (a shape, not a product)
+  examples: int,
 ) -> tuple[
-  Shaped[Array, "b *rest"], Shaped[Array, "b *rest"], Shaped[Array, "b M *rest"]
+  Shaped[Array, "b *rest"],  # noqa: F821
+  Shaped[Array, "b *rest"],  # noqa: F821
+  Shaped[Array, "b M *rest"],
 ]:
   """What queries, positives and negatives of one shard have, of values in their order.
 
