@@ -115,9 +115,21 @@ def program(path, text):
   return path
 
 
+def appears(path, seconds=20):
+  """Whether a file comes up in time."""
+  until = time.monotonic() + seconds
+  while not path.exists() and time.monotonic() < until:
+    time.sleep(0.05)
+  return path.exists()
+
+
 def test_one_local_process_that_fails_ends_all(tmp_path):
-  text = f"""trap 'touch {tmp_path}/stopped; exit 143' TERM
-if [[ $* == *--process_index=1* ]]; then exit 7; fi
+  text = f"""if [[ $* == *--process_index=1* ]]; then
+  until [[ -e {tmp_path}/started ]]; do sleep 0.05; done
+  exit 7
+fi
+trap 'touch {tmp_path}/stopped; exit 143' TERM
+touch {tmp_path}/started
 sleep 30 > /dev/null 2>&1 & wait"""
   stub = program(tmp_path / "stub", text)
   began = time.monotonic()
@@ -208,19 +220,19 @@ def test_a_run_that_fails_is_said_so(cloud):
 
 
 def test_a_run_is_stopped_with_all_its_processes(cloud):
-  train = f"trap 'touch {cloud}/stopped; exit 143' TERM\nsleep 60 & wait"
+  train = f"""trap 'touch {cloud}/stopped; exit 143' TERM
+touch {cloud}/started
+sleep 60 & wait"""
   (cloud / "states").write_text("")
   program(cloud / "embgemma", train)
   path = f"{cloud / 'programs'}:{os.environ['PATH']}"
   for command in (["install", *TPU], ["run", *TPU, "--", "x"]):
     done = launch("tpu", *command, PATH=path)
     assert done.returncode == 0, done.stderr
+  assert appears(cloud / "started")
   assert launch("tpu", "stop", *TPU, PATH=path).returncode == 0
+  assert appears(cloud / "stopped")
   ended = cloud / "home/embgemma/run/exit"
-  waited = time.monotonic() + 20
-  while not (cloud / "stopped").exists() and time.monotonic() < waited:
-    time.sleep(0.1)
-  assert (cloud / "stopped").exists()
   assert not ended.exists() or ended.read_text() == "143\n"
 
 
