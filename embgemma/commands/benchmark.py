@@ -124,13 +124,13 @@ def _say_outcome(outcome: Any) -> None:
 
 
 def _named(outcome: Any) -> str:
-  return f"{outcome.task} ({_column(outcome)})"
+  return f"{outcome.task} (width {_column(outcome)})"
 
 
 def _column(outcome: Any) -> str:
   """Width, and what vectors are kept as."""
   kept = "" if outcome.vectors == "float32" else f" {outcome.vectors}"
-  return f"width {outcome.width}{kept}"
+  return f"{outcome.width}{kept}"
 
 
 def _table(outcomes: Any, chosen: Any) -> Any:
