@@ -49,6 +49,15 @@ parse() {
   done
 }
 
+# parse_command COMMAND ARGUMENT...: likewise, of a launcher that has commands.
+parse_command() {
+  (($#)) || usage
+  COMMAND=$1
+  shift
+  [[ $COMMAND != --help ]] || usage
+  parse "$@"
+}
+
 # need NAME...: refuses where one of the flags was not given.
 need() {
   local name

@@ -26,13 +26,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
-(($#)) || usage
-COMMAND=$1
-shift
-[[ $COMMAND == --help ]] && usage
 flags NAME= IMAGE= NODES=1 GPUS_PER_NODE=8 ACCELERATOR= BUCKET= SERVICE_ACCOUNT=default \
   NAMESPACE=default
-parse "$@"
+parse_command "$@"
 PORT=9911
 need NAME
 [[ $NAME =~ ^[a-z]([a-z0-9-]{0,51}[a-z0-9])?$ ]] ||

@@ -32,13 +32,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 
-(($#)) || usage
-COMMAND=$1
-shift
-[[ $COMMAND == --help ]] && usage
 flags NAME= ZONE= PROJECT= ACCELERATOR_TYPE= RUNTIME_VERSION= SPOT=false BUCKET= INTERVAL=30 \
   SOURCE="$(cd "$(dirname "$0")/.." && pwd)"
-parse "$@"
+parse_command "$@"
 need NAME ZONE
 number INTERVAL
 [[ $SPOT == true || $SPOT == false ]] || die "--spot=$SPOT: true or false"

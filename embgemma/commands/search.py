@@ -24,8 +24,9 @@ def run_search(
   """Does trials of a search until it has all, then writes what was found."""
   with of_extra("`embgemma search`", "search"):
     from embgemma.mixture_search import results
-    from embgemma.mixture_search.study import MixtureStudy, SearchPlan
+    from embgemma.mixture_search.study import MixtureStudy
     from embgemma.mixture_search.training import TrainingTrials
+    from embgemma.mixture_search.trials import SearchPlan
   from embgemma import gin_config
   from embgemma.data import cache
   from embgemma.mixture_search.config import MixtureSearch

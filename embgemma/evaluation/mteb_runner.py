@@ -23,13 +23,15 @@ from embgemma.errors import ConfigError, DataError, TrainingError, of_extra
 from embgemma.evaluation.mteb_encoder import MtebEncoder, model_meta
 from embgemma.evaluation.retrieval import EncodeFn
 from embgemma.evaluation.vector_cache import VectorCache
+from embgemma.models.config import VECTOR_FORMATS
 from embgemma.quiet import quiet
 
 BATCH = 1024  # texts that mteb hands over at once; all of a call are packed together
 # The paper gives 512 tokens, and more to long ones, of which it names this.
 TASK_LENGTHS: Mapping[str, int] = {"LEMBPasskeyRetrieval": 2048}
 DEFAULT_LENGTH = 512
-VECTOR_FORMATS = ("float32", "float16", "int8", "uint8", "binary")
+# mteb's CompressionWrapper has all of ours but this one, which is binary's numbers.
+FORMATS = tuple(name for name in VECTOR_FORMATS if name != "ubinary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +187,7 @@ def run(
     chosen: mteb's tasks.
     widths: Components kept.
     results: Folder that gets `results/` in mteb's layout.
-    vectors: Formats in which vectors are kept, of VECTOR_FORMATS, as mteb's own
+    vectors: Formats in which vectors are kept, of FORMATS, as mteb's own
       `CompressionWrapper` rounds them.
     task_lengths: Tokens after which texts of a task are cut.
     length: Those of all others.
@@ -206,11 +208,9 @@ def run(
   for width in widths:
     if not 1 <= width <= model.full_width:
       raise ConfigError(f"width {width} is not in 1..{model.full_width}, the model's")
-  unknown = sorted(set(vectors) - set(VECTOR_FORMATS))
+  unknown = sorted(set(vectors) - set(FORMATS))
   if unknown:
-    raise ConfigError(
-      f"vectors {', '.join(unknown)}: mteb has {', '.join(VECTOR_FORMATS)}"
-    )
+    raise ConfigError(f"vectors {', '.join(unknown)}: mteb has {', '.join(FORMATS)}")
   cache = mteb.ResultCache(results)
   encoders: dict[int, EncodeFn] = {}
   outcomes = []

@@ -133,12 +133,17 @@ class StsEvaluator:
     sentences = dict.fromkeys([*self.pairs.sentences1, *self.pairs.sentences2])
     return {text: row for row, text in enumerate(sentences)}
 
+  @functools.cached_property
+  def _sides(self) -> tuple[list[int], list[int]]:
+    """Rows of the first and the second sentences."""
+    first, second = self.pairs.sentences1, self.pairs.sentences2
+    return [self._rows[text] for text in first], [self._rows[text] for text in second]
+
   def _cosines(
     self, vectors: Float[np.ndarray, "M E"], width: int, name: str
   ) -> Float[np.ndarray, " N"]:
     """Of the pairs, from vectors kept in a format."""
-    sides = (self.pairs.sentences1, self.pairs.sentences2)
-    first, second = ([self._rows[text] for text in side] for side in sides)
+    first, second = self._sides
     (kept,) = kept_values(name, retrieval.prefix(vectors, width))
     cosine = np.sum(kept[first] * kept[second], axis=1)
     if name != "float32":  # no longer of unit norm; equal products stay equal

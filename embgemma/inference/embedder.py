@@ -355,11 +355,14 @@ class CheckpointEmbedder:
     Raises:
       ConfigError: no such prompt, or wider than the model's embeddings.
     """
-    width = self.check_width(width)
+    kept = self.check_width(width)
     if prompt is not None:
       front = self.prompt(prompt)
       texts = [front + text for text in texts]
-    return np.asarray(truncate(self._encoder.encode(self._params, texts), width))
+    vectors = self._encoder.encode(self._params, texts)
+    if kept == vectors.shape[1]:
+      return vectors
+    return np.asarray(truncate(vectors, kept))
 
   def encode_query(
     self, texts: Sequence[str], width: int | None = None, prompt: str = "query"
@@ -379,8 +382,7 @@ class CheckpointEmbedder:
     Raises:
       ConfigError: as of `encode`; or as many titles as texts are not there.
     """
-    if titles is None:
-      return self.encode(texts, prompt, width)
+    titles = [""] * len(texts) if titles is None else titles
     if len(titles) != len(texts):
       raise ConfigError(f"{len(titles)} titles of {len(texts)} texts")
     front = self.prompt(prompt)

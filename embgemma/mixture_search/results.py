@@ -11,8 +11,8 @@ import numpy as np
 
 from embgemma import outputs
 from embgemma.mixture_search.simplex import posterior_means
-from embgemma.mixture_search.study import SearchPlan, TrialRecord
 from embgemma.mixture_search.training import task_rates
+from embgemma.mixture_search.trials import SearchPlan, TrialRecord
 
 _LEAST_DISTANCE = 0.1  # Hellinger's, between two experts
 _LEAST_TRIALS = 3

@@ -11,7 +11,7 @@ import numpy as np
 
 from embgemma.child_process import child_process
 from embgemma.evaluation.suite import TaskResults, main_scores, read_results
-from embgemma.mixture_search.study import (
+from embgemma.mixture_search.trials import (
   MixtureTrial,
   Report,
   TrialError,

@@ -5,6 +5,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -47,11 +48,14 @@ def commands(text):
   return found
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="of the extra dev")
 def test_shellcheck():
+  """The extra dev has it, beside the interpreter."""
+  beside = pathlib.Path(sys.executable).parent
+  program = shutil.which("shellcheck", path=f"{beside}:{os.environ['PATH']}")
+  assert program, "pip install -e '.[dev]'"
   scripts = [f"launch/{name}.sh" for name in (*SCRIPTS, "common")]
   done = subprocess.run(
-    ["shellcheck", "-x", *scripts], cwd=LAUNCH.parent, capture_output=True, text=True
+    [program, "-x", *scripts], cwd=LAUNCH.parent, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stdout
 
@@ -60,7 +64,7 @@ def test_shellcheck():
 def test_help_names_every_flag(script):
   text = printed(script, "--help")
   source = (LAUNCH / f"{script}.sh").read_text()
-  declared = source[source.index("\nflags ") :].split("\nparse ")[0]
+  declared = source[source.index("\nflags ") :].split("\nparse")[0]
   names = [word.partition("=")[0] for word in declared.split() if "=" in word]
   for name in (name for name in names if name.isupper()):
     assert f"--{name.lower()}=" in text

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from embgemma.mixture_search import results
-from embgemma.mixture_search.study import SearchPlan, TrialRecord
+from embgemma.mixture_search.trials import SearchPlan, TrialRecord
 
 PLAN = SearchPlan({"qa": 1.0, "code": 1.0}, ("retrieval", "sts"))
 SHARES = {"qa": {"nq": 0.25, "squad": 0.75}, "code": {"python": 1.0}}

@@ -11,12 +11,8 @@ import time
 import pytest
 
 from embgemma.errors import ConfigError
-from embgemma.mixture_search.study import (
-  MixtureStudy,
-  SearchPlan,
-  TrialError,
-  TrialKilledError,
-)
+from embgemma.mixture_search.study import MixtureStudy
+from embgemma.mixture_search.trials import SearchPlan, TrialError, TrialKilledError
 
 GROUPS = {"qa": 2.0, "code": 1.0, "web": 1.0}
 
@@ -144,7 +140,8 @@ def test_plans_that_are_none(changes):
 
 WORKER = textwrap.dedent("""
   import sys, time
-  from embgemma.mixture_search.study import MixtureStudy, SearchPlan
+  from embgemma.mixture_search.study import MixtureStudy
+  from embgemma.mixture_search.trials import SearchPlan
   plan = SearchPlan({"qa": 2.0, "code": 1.0, "web": 1.0}, ("score",), seed_repeats=2,
                     dirichlet_trials=6, proposed_trials=0)
 
@@ -196,7 +193,8 @@ def test_a_killed_worker_loses_no_trial(tmp_path, url, signum):
 
 DYING = textwrap.dedent("""
   import os, pathlib, sys
-  from embgemma.mixture_search.study import MixtureStudy, SearchPlan
+  from embgemma.mixture_search.study import MixtureStudy
+  from embgemma.mixture_search.trials import SearchPlan
   plan = SearchPlan({"qa": 2.0, "code": 1.0, "web": 1.0}, ("a", "b"), seed_repeats=2,
                     dirichlet_trials=2, proposed_trials=3)
   died = pathlib.Path(sys.argv[2])
